@@ -1,0 +1,112 @@
+# make demo   trains a character model on real text and samples from it
+# make test   C++ tests, then the Python tests
+# make bench  the benchmarks
+# make lint   formatting, types, spelling, dependencies between the parts, stubs, warnings as errors
+# make neon   the C++ tests for AArch64 under an emulator      make sanitize  ... under ASan+UBSan and under TSan
+# make mutants  breaks the cell maths on purpose; the tests must notice       make clean
+#
+# Each target first makes what it needs: a virtual environment in .venv and fastrnn built and installed into it. Nothing
+# is installed outside this checkout, except that `make neon` gets its compiler from Debian when run as root.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# cmake, ninja, ruff, ... of the virtual environment first.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# The compiled files stay here between calls, so that a change recompiles only what it touches. Under CI everything is
+# built once, with warnings as errors; elsewhere that is kept apart so that `make test` and `make lint` don't undo each
+# other's work.
+BUILD := build/$(if $(CI),werror,release)
+WERROR := $(if $(CI),ON,OFF)
+
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(wildcard cmake/*.cmake) \
+           $(shell find csrc python -not -path '*__pycache__*' -not -name '*.tmp')
+CPP_TESTS := $(wildcard tests/cpp/*)
+
+.PHONY: demo test bench lint neon sanitize mutants examples clean check-machine
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+# $(call install,<extra>,<build folder>,<cmake options>): build what has changed and install it with the extra's packages
+install = echo "== building fastrnn and installing it into $(VENV) (the first time: a few minutes)" && \
+          $(PY) -m pip install -q --no-build-isolation --config-settings=build-dir=$(2) \
+            $(foreach option,$(3),--config-settings=cmake.define.$(option)) ".[$(1)]"
+
+demo: $(VENV)/.cli
+	mkdir -p demo
+	$(PY) -m fastrnn.cli train --out demo/model.safetensors
+	$(PY) -m fastrnn.cli sample demo/model.safetensors --prompt "The " --length 300
+
+test: $(VENV)/.test
+	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	$(PY) -m pytest
+
+bench: $(VENV)/.cli
+	$(PY) -m benchmarks
+
+lint: $(VENV)/.dev
+	ruff check
+	ruff format --check
+	mypy
+	clang-format --dry-run -Werror $$(find csrc tests/cpp -name '*.h' -o -name '*.cc' -o -name '*.cu' -o -name '*.cuh')
+	codespell
+	$(PY) tools/check_dependencies.py
+	$(PY) tools/check_stubs.py
+
+neon: $(VENV)/.tools
+	@if ! command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get -q update && DEBIAN_FRONTEND=noninteractive \
+	      apt-get -q install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user; \
+	  else \
+	    echo "make neon needs a cross compiler and an emulator: sudo apt install g++-aarch64-linux-gnu qemu-user" >&2; \
+	    exit 1; \
+	  fi; \
+	fi
+	cmake --workflow --preset neon-qemu
+
+sanitize: $(VENV)/.tools
+	cmake --workflow --preset asan-ubsan
+	@# TSan of older GCCs dies on kernels that randomise addresses more than it expects; setarch -R turns that off.
+	$$(setarch -R true 2>/dev/null && echo setarch -R) cmake --workflow --preset tsan
+
+mutants: $(VENV)/.test
+	$(PY) tools/mutants.py
+
+examples: $(VENV)/.cli
+	$(PY) examples/sentiment.py
+
+clean:
+	rm -rf $(VENV) build dist
+
+# Says in one line what the machine lacks, before pip says it in a hundred.
+check-machine:
+	@command -v $(PYTHON) >/dev/null || { echo "fastrnn needs Python 3.10 or newer: sudo apt install python3 python3-venv python3-dev" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastrnn needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@missing=; \
+	command -v $${CXX:-c++} >/dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || missing="$$missing python3-dev"; \
+	[ -z "$$missing" ] || { echo "fastrnn is compiled here and lacks something for it: sudo apt install$$missing" >&2; exit 1; }
+
+# The virtual environment with the tools to build: the requires line of pyproject.toml, cmake and ninja.
+$(VENV)/.tools: pyproject.toml | check-machine
+	@echo "== making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --upgrade pip $$(sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",' ) cmake ninja
+	@touch $@
+
+$(VENV)/.cli: $(VENV)/.tools $(SOURCES)
+	@$(call install,cli,$(BUILD),FASTRNN_TESTS=OFF FASTRNN_WERROR=$(WERROR))
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.tools $(SOURCES) $(CPP_TESTS)
+	@$(call install,test,$(BUILD),FASTRNN_TESTS=ON FASTRNN_WERROR=$(WERROR))
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.tools $(SOURCES) $(CPP_TESTS)
+	@$(call install,dev,build/werror,FASTRNN_TESTS=ON FASTRNN_WERROR=ON)
+	@touch $@
