@@ -1,7 +1,7 @@
 // Buffer's allocator. Blocks of 2 MiB and more are asked for in huge pages, and a few are kept when
 // freed: mapping a fresh 100 MB tape faults in every page, which costs more than the arithmetic
 // that fills it.
-#include "memory.h"
+#include "core/memory.h"
 
 #include <pthread.h>
 #include <sys/mman.h>

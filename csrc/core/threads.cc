@@ -9,7 +9,7 @@
 // Waiting, on both sides: spin for some 30 µs (a hand-over between running threads costs 0.1 µs),
 // yield a few times, then sleep on a condition variable. Sleeper and waker each write their own
 // flag and then read the other's with sequential consistency, so a wake-up cannot be missed.
-#include "threads.h"
+#include "core/threads.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -32,7 +32,7 @@
 #include <thread>
 #include <vector>
 
-#include "fpenv.h"
+#include "core/fpenv.h"
 
 namespace fastrnn {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <string>
 
-#include "interrupt.h"
+#include "core/interrupt.h"
 
 namespace fastrnn {
 
