@@ -22,7 +22,7 @@ BUILD := build/$(if $(CI),werror,release)
 WERROR := $(if $(CI),ON,OFF)
 
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(wildcard cmake/*.cmake) \
-           $(shell find csrc python -not -path '*__pycache__*' -not -name '*.tmp')
+           $(shell find csrc python -not -path '*/__pycache__*' -not -path '*/.*')
 CPP_TESTS := $(wildcard tests/cpp/*)
 
 .PHONY: demo test bench lint neon sanitize mutants examples clean check-machine
@@ -36,8 +36,8 @@ install = echo "== building fastrnn and installing it into $(VENV) (the first ti
 
 demo: $(VENV)/.cli
 	mkdir -p demo
-	$(PY) -m fastrnn.cli train --out demo/model.safetensors
-	$(PY) -m fastrnn.cli sample demo/model.safetensors --prompt "The " --length 300
+	fastrnn train --out demo/model.safetensors
+	fastrnn sample demo/model.safetensors --prompt "The " --length 300
 
 test: $(VENV)/.test
 	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
@@ -96,7 +96,7 @@ check-machine:
 $(VENV)/.tools: pyproject.toml | check-machine
 	@echo "== making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PY) -m pip install -q --upgrade pip $$(sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",' ) cmake ninja
+	@$(PY) -m pip install -q --upgrade pip $$(sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | sed 's/", "/ /g') cmake ninja
 	@touch $@
 
 $(VENV)/.cli: $(VENV)/.tools $(SOURCES)
