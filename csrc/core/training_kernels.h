@@ -6,9 +6,9 @@
 //
 // Legend: n elements or rows, V classes or vocabulary, E embedding size. All matrices are row-major
 // and dense.
-#pragma once
+#ifndef FASTRNN_CORE_TRAINING_KERNELS_H_
+#define FASTRNN_CORE_TRAINING_KERNELS_H_
 
-#include <stddef.h>
 #include <stdint.h>
 
 namespace fastrnn {
@@ -53,7 +53,7 @@ struct AdamArgs {
 };
 
 // Elements per partial sum of squares. Fixed, so that the sum does not depend on threads or ISA.
-constexpr size_t kSumBlock = 4096;
+constexpr int64_t kSumBlock = 4096;
 
 // Softmax, cross-entropy and the gradient in one pass over each row of logits z with target t:
 //   loss = log(sum_j exp(z_j)) - z_t;   dz_j = (softmax(z)_j - [j == t]) * weight
@@ -64,7 +64,7 @@ struct CrossEntropyArgs {
   const uint8_t* mask;  // (n) in, 0: the row does not count (loss 0, gradient 0); null: all count
   double* loss;         // (n) out
   T* dlogits;           // (n, V) out; overlaps nothing
-  size_t classes;       // V >= 1
+  int64_t classes;      // V >= 1
   T weight;             // of a row in the gradient: 1 / (number of rows that count)
 };
 
@@ -72,8 +72,8 @@ struct CrossEntropyArgs {
 template <class T>
 struct EmbeddingArgs {
   const int64_t* ids;  // (n) in; each in [0, V)
-  size_t count;        // n
-  size_t width;        // E
+  int64_t count;       // n
+  int64_t width;       // E
   const T* rows;       // gather: weight (V, E) in; scatter: dy (n, E) in
   T* out;              // gather: y (n, E) out; scatter: dweight (V, E) in/out. Overlaps nothing
 };
@@ -92,15 +92,17 @@ struct DropoutArgs {
 
 template <class T>
 struct TrainingKernels {
-  void (*sgd)(const SgdArgs<T>& args, size_t begin, size_t end);    // over elements
-  void (*adam)(const AdamArgs<T>& args, size_t begin, size_t end);  // over elements
+  void (*sgd)(const SgdArgs<T>& args, int64_t begin, int64_t end);    // over elements
+  void (*adam)(const AdamArgs<T>& args, int64_t begin, int64_t end);  // over elements
   // Sum of x[i]^2 over i < count, count <= kSumBlock, accumulated in double.
-  double (*sum_squares)(const T* x, size_t count);
-  void (*cross_entropy)(const CrossEntropyArgs<T>& args, size_t begin, size_t end);  // over rows
-  void (*embedding_gather)(const EmbeddingArgs<T>& args, size_t begin, size_t end);  // over rows
-  void (*embedding_scatter)(const EmbeddingArgs<T>& args, size_t begin,
-                            size_t end);                                  // over columns
-  void (*dropout)(const DropoutArgs<T>& args, size_t begin, size_t end);  // over elements
+  double (*sum_squares)(const T* x, int64_t count);
+  void (*cross_entropy)(const CrossEntropyArgs<T>& args, int64_t begin, int64_t end);  // over rows
+  void (*embedding_gather)(const EmbeddingArgs<T>& args, int64_t begin, int64_t end);  // over rows
+  void (*embedding_scatter)(const EmbeddingArgs<T>& args, int64_t begin,
+                            int64_t end);                                   // over columns
+  void (*dropout)(const DropoutArgs<T>& args, int64_t begin, int64_t end);  // over elements
 };
 
 }  // namespace fastrnn
+
+#endif  // FASTRNN_CORE_TRAINING_KERNELS_H_
