@@ -1,0 +1,115 @@
+"""What the Python tests share: random numbers, the cells, random problems, the promised accuracy.
+
+Dimensions as everywhere: T steps, B batch, I inputs, H hidden, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+# Hypothesis draws the same examples in every run, so that a failure is the change's and not the
+# dice's. HYPOTHESIS_PROFILE=explore searches further.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# The accuracy we promise on signed random data with T up to 1000, against the float64 reference
+# run on the same values: absolute for outputs and states, …
+FORWARD_ATOL = {"float32": 1e-6, "float64": 1e-12}
+# … and as a part of each tensor's largest element for gradients.
+GRADIENT_TOLERANCE = {"float32": 5e-6, "float64": 1e-12}
+
+# Gradients against central differences in float64.
+FINITE_DIFFERENCE_ATOL = 1e-8
+FINITE_DIFFERENCE_RTOL = 1e-6
+
+GATES = {"rnn": 1, "lstm": 4, "gru": 3}
+
+# Every cell with its options: name of the test case → (family, options of its functions).
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_tanh": ("rnn", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("rnn", {"nonlinearity": "relu"}),
+    "rnn_sigmoid": ("rnn", {"nonlinearity": "sigmoid"}),
+    "lstm": ("lstm", {}),
+    "gru_reset_after": ("gru", {"reset_after": True}),
+    "gru_reset_before": ("gru", {"reset_after": False}),
+}
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same random numbers in every test and every run."""
+    return np.random.default_rng(20240229)
+
+
+def random_weights(
+    cell: str,
+    I: int,
+    H: int,
+    L: int,
+    D: int,
+    bias: bool,
+    dtype: Any,
+    rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """PyTorch's names and initial distribution, U(-1/sqrt(H), 1/sqrt(H)); cell: rnn, lstm, gru."""
+    rows, weights = GATES[cell] * H, {}
+    for layer in range(L):
+        for suffix in ("", "_reverse")[:D]:
+            shapes = {
+                "weight_ih": (rows, I if layer == 0 else D * H),
+                "weight_hh": (rows, H),
+                "bias_ih": (rows,),
+                "bias_hh": (rows,),
+            }
+            for kind, shape in list(shapes.items())[: 4 if bias else 2]:
+                values = rng.uniform(-1, 1, shape) / np.sqrt(H)
+                weights[f"{kind}_l{layer}{suffix}"] = values.astype(dtype)
+    return weights
+
+
+def random_state(cell: str, shape: tuple[int, ...], dtype: Any, rng: np.random.Generator) -> Any:
+    """A state of the given shape, (L*D, B, H) or unbatched (L*D, H): h, or (h, c) for LSTM."""
+    if cell == "lstm":
+        return (
+            rng.uniform(-1, 1, shape).astype(dtype),
+            rng.uniform(-1, 1, shape).astype(dtype),
+        )
+    return rng.uniform(-1, 1, shape).astype(dtype)
+
+
+def state_arrays(state: Any) -> list[np.ndarray]:
+    """The one or two arrays of a state."""
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def map_state(function: Any, state: Any) -> Any:
+    """The state with `function` applied to each of its arrays; None stays None."""
+    if state is None:
+        return None
+    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
+
+
+def assert_forward_close(got: np.ndarray, want: np.ndarray, what: str) -> None:
+    """Outputs and states: same shape, and the promised absolute accuracy of got's dtype."""
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
+    np.testing.assert_allclose(got, want, rtol=0, atol=FORWARD_ATOL[got.dtype.name], err_msg=what)
+
+
+def assert_gradient_close(
+    got: np.ndarray, want: np.ndarray, what: str, scale: float | None = None
+) -> None:
+    """Gradients: same shape, and the promised part of `scale`, by default want's largest element.
+
+    A scale is given for tensors of so few elements that all of them may be sums that cancel.
+    """
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
+    if scale is None:
+        scale = float(np.abs(want).max(initial=0))
+    atol = GRADIENT_TOLERANCE[got.dtype.name] * scale
+    np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=what)
