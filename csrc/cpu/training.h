@@ -185,12 +185,28 @@ void embedding_scatter(const EmbeddingArgs<T>& args, int64_t begin, int64_t end)
   }
 }
 
+// Decisions first, a block at a time, as masks of all ones or zeros; then their use. So neither
+// loop has a branch.
 template <class T>
 void dropout(const DropoutArgs<T>& args, int64_t begin, int64_t end) {
+  using Bits = typename FloatBits<T>::Bits;
+  constexpr int64_t kBlock = 256;
   const DropoutArgs<T> a = args;
-  for (int64_t i = begin; i < end; ++i) {
-    const bool keep = dropout_keeps(a.key, static_cast<uint64_t>(i), a.threshold);
-    a.y[i] = keep ? a.x[i] * a.scale : T(0);
+  Bits keep[kBlock];
+  for (int64_t start = begin; start < end; start += kBlock) {
+    const int64_t count = end - start < kBlock ? end - start : kBlock;
+    const uint64_t first = static_cast<uint64_t>(start);
+    for (int64_t i = 0; i < count; ++i) {
+      const bool keeps = dropout_keeps(a.key, first + static_cast<uint64_t>(i), a.threshold);
+      keep[i] = Bits(0) - static_cast<Bits>(keeps);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const T scaled = a.x[start + i] * a.scale;
+      Bits bits;
+      memcpy(&bits, &scaled, sizeof(T));
+      bits &= keep[i];
+      memcpy(&a.y[start + i], &bits, sizeof(T));
+    }
   }
 }
 
