@@ -148,6 +148,12 @@ FASTRNN_HD FASTRNN_INLINE Lane<T> copysign(Lane<T> mag, Lane<T> sgn) {
                        (to_bits(sgn.v) & FloatBits<T>::kSign))};
 }
 
+// a, negated where the sign bit of `sgn` is set.
+template <class T>
+FASTRNN_HD FASTRNN_INLINE Lane<T> flip_sign(Lane<T> a, Lane<T> sgn) {
+  return {from_bits<T>(to_bits(a.v) ^ (to_bits(sgn.v) & FloatBits<T>::kSign))};
+}
+
 // 2^n for m = n + kMagic, n an integer in [-kBias, kBias + 1]: shifting m's bits left by the
 // mantissa's width pushes kMagic's own bits out and leaves n in the exponent field, to which the
 // bias is added. The ends are 0 and Inf.

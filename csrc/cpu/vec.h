@@ -37,6 +37,13 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
+// Registers there are to keep a tile's accumulators in.
+#if FASTRNN_VEC_BYTES == 64 || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+
 // The registers themselves: T's lanes, the same lanes as unsigned integers, and as the signed
 // integers in which comparisons answer (-1 true, 0 false).
 template <class T>
@@ -232,6 +239,11 @@ struct Vec {
   friend FASTRNN_INLINE Vec abs(Vec a) { return {(Native)((Bits)a.v & ~FloatBits<T>::kSign)}; }
   friend FASTRNN_INLINE Vec copysign(Vec mag, Vec sgn) {
     return {(Native)(((Bits)mag.v & ~FloatBits<T>::kSign) | ((Bits)sgn.v & FloatBits<T>::kSign))};
+  }
+
+  // a, negated where the sign bit of `sgn` is set.
+  friend FASTRNN_INLINE Vec flip_sign(Vec a, Vec sgn) {
+    return {(Native)((Bits)a.v ^ ((Bits)sgn.v & FloatBits<T>::kSign))};
   }
 
   // 2^n for m = n + FloatBits<T>::kMagic, n an integer in [-kBias, kBias + 1]; the ends are 0 and
