@@ -557,12 +557,15 @@ def test_dropout_mask_in_python_integers() -> None:
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         return z ^ (z >> 31)
 
-    T, B, F, p, layer, key = 3, 2, 5, 0.37, 2, 2**64 - 1
-    mask = reference.dropout_mask(key, layer, (T, B, F), p)
+    T, B, F, layer, key = 3, 2, 5, 2, 2**64 - 1
     layer_key = mix((key + layer) % 2**64)
+    p = (mix(layer_key + 7) >> 11) / 2**53  # element 7 meets p exactly, and is kept
+    assert 0.1 < p < 0.9
+    mask = reference.dropout_mask(key, layer, (T, B, F), p)
     for t, b, j in np.ndindex(T, B, F):
         uniform = (mix((layer_key + (t * B + b) * F + j) % 2**64) >> 11) / 2**53
         assert mask[t, b, j] == (1 / (1 - p) if uniform >= p else 0)
+    assert mask.flat[7] > 0
 
 
 def test_dropout_mask_has_the_right_mean_and_no_pattern() -> None:
