@@ -229,7 +229,8 @@ class Pool {
       if (!spin_until(offered, std::chrono::nanoseconds(pool->spin_ns_.load()))) {
         std::unique_lock<std::mutex> lock(worker->mutex);
         worker->parked.store(true);
-        worker->wake.wait(lock, offered);
+        // No loop: woken for an offer that was taken back again, spin for the next one.
+        if (!offered()) worker->wake.wait(lock);
         worker->parked.store(false);
       }
       Region* region = worker->offer.exchange(nullptr);

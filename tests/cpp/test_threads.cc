@@ -377,7 +377,7 @@ void test_environment() {
 }
 
 void test_cgroup_limits() {
-  std::string root = "/tmp/fastrnn_cgroup_XXXXXX";
+  std::string root = "fastrnn_cgroup_XXXXXX";
   CHECK(mkdtemp(&root[0]) != nullptr);
   const auto shell = [](const std::string& command) { CHECK_EQ(std::system(command.c_str()), 0); };
   const auto write = [&](const std::string& path, const std::string& text) {
