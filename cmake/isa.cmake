@@ -19,6 +19,10 @@ set(FASTRNN_FLAGS_baseline -msse2)
 set(FASTRNN_FLAGS_avx2 -mavx2 -mfma)
 # prefer-vector-width: without it GCC and Clang would still split plain loops into 256-bit halves.
 set(FASTRNN_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mprefer-vector-width=512)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # GCC's own header declares "undefined" vectors by initialising them with themselves, and warns about it (PR 105593).
+  list(APPEND FASTRNN_FLAGS_avx512 -Wno-maybe-uninitialized -Wno-uninitialized)
+endif()
 set(FASTRNN_FLAGS_neon) # part of every AArch64
 
 # Every ISA: no contraction, since a fused multiply-add is written out where it is meant, so that AVX2, AVX-512 and NEON

@@ -1,0 +1,191 @@
+// The microkernel: a tile of up to kTileRows rows × NP panels of W = 2 vectors, accumulators in registers.
+//
+// Every output element is one chain of fused multiply-adds over k in increasing order, starting from what the output
+// held before: tile sizes, row counts and threads decide only where a chain is computed, never its order, and so
+// never its bits.
+//
+// Both operands are in the blocked layout of core/dims.h, so that all distances inside the k loop are constants of
+// the compiled code: one base register serves all rows of the left operand.
+#ifndef FASTRNN_CPU_GEMM_H_
+#define FASTRNN_CPU_GEMM_H_
+
+#include "core/dims.h"
+#include "cpu/vec.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+// A lambda that a kernel's loop calls: always inlined, like everything between the loop and the tile.
+#define FASTRNN_INLINE_LAMBDA __attribute__((always_inline))
+
+template <class T>
+constexpr int kWidth = 2 * Vec<T>::N;  // W
+
+// 2 × rows accumulators, 2 vectors of weights and a broadcast fit the register file: 6 rows in 16 registers. With 32
+// registers, 8 rows leave the load ports enough slack; more rows gained nothing.
+constexpr int kTileRows = kVectorRegisters >= 32 ? 8 : 6;
+
+// Panels at once for a tile of few rows, so that enough independent chains hide the latency of the multiply-add.
+constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+
+// The left operand of a product over k: `groups` superblocks of `per_group` panels each. Rows are W apart; a panel
+// contributes W values of k, in the last group `tail`.
+template <class T>
+struct Left {
+  const T* base;
+  int64_t group_stride;
+  int64_t offset[4];  // of the panels of a group from its start
+  int per_group;
+  int64_t groups;
+  int tail;
+};
+
+// The right operand: panels of weights, k rows of W each. Group g's rows start g * group_stride further on.
+template <class T>
+struct Right {
+  const T* base;
+  int64_t group_stride;
+  int64_t panel_stride;
+};
+
+template <class T, int ROWS, int NP>
+struct Tile {
+  using V = Vec<T>;
+  static constexpr int W = kWidth<T>;
+
+  V acc[ROWS][NP][2];
+
+  FASTRNN_INLINE void load(T* const* c) {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; ++p) {
+        acc[r][p][0] = V::load(c[p] + r * W);
+        acc[r][p][1] = V::load(c[p] + r * W + V::N);
+      }
+  }
+
+  FASTRNN_INLINE void store(T* const* c) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; ++p) {
+        acc[r][p][0].store(c[p] + r * W);
+        acc[r][p][1].store(c[p] + r * W + V::N);
+      }
+  }
+
+  // One value of k: row r's factor is a[r * STEP].
+  template <int STEP>
+  FASTRNN_INLINE void add(const T* a, const T* w, int64_t panel_stride) {
+    V w0[NP], w1[NP];
+#pragma GCC unroll 4
+    for (int p = 0; p < NP; ++p) {
+      w0[p] = V::load(w + p * panel_stride);
+      w1[p] = V::load(w + p * panel_stride + V::N);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const V x = V::set(a[r * STEP]);
+#pragma GCC unroll 4
+      for (int p = 0; p < NP; ++p) {
+        acc[r][p][0] = fma(x, w0[p], acc[r][p][0]);
+        acc[r][p][1] = fma(x, w1[p], acc[r][p][1]);
+      }
+    }
+  }
+};
+
+// c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights.
+template <class T, int ROWS, int NP>
+__attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>& right, T* const* c) {
+  constexpr int W = kWidth<T>;
+  Tile<T, ROWS, NP> tile;
+  tile.load(c);
+  for (int64_t g = 0; g < left.groups; ++g) {
+    const int n = g + 1 < left.groups ? W : left.tail;
+    const T* w = right.base + g * right.group_stride;
+    for (int q = 0; q < left.per_group; ++q, w += W * W) {
+      const T* a = left.base + g * left.group_stride + left.offset[q];
+      const T* row = w;
+#pragma GCC unroll 4
+      for (int k = 0; k < n; ++k, ++a, row += W) tile.template add<W>(a, row, right.panel_stride);
+    }
+  }
+  tile.store(c);
+}
+
+// The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time.
+template <class T, int ROWS = kTileRows>
+FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Right<T>& right, T* const* c) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) return multiply<T, ROWS - 1>(rows, panels, left, right, c);
+  }
+  constexpr int most = panels_at_once(ROWS);
+  if constexpr (most >= 4) {
+    if (panels == 4) return multiply_tile<T, ROWS, 4>(left, right, c);
+    if (panels == 3) return multiply_tile<T, ROWS, 3>(left, right, c);
+  }
+  if constexpr (most >= 2) {
+    if (panels == 2) return multiply_tile<T, ROWS, 2>(left, right, c);
+  }
+  multiply_tile<T, ROWS, 1>(left, right, c);
+}
+
+// c[r] += Σ_k a(k, r) · b(k), k from rows - 1 down to 0: columns of one panel against another panel, both k-major.
+// Descending, because back-propagation visits the steps from the last to the first: so a gradient is one chain over
+// all steps and does not depend on how they were cut into chunks.
+template <class T, int ROWS>
+__attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t rows, T* c) {
+  constexpr int W = kWidth<T>;
+  Tile<T, ROWS, 1> tile;
+  tile.load(&c);
+  a += rows * W;
+  b += rows * W;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < rows; ++k) {
+    a -= W;
+    b -= W;
+    tile.template add<1>(a, b, 0);
+  }
+  tile.store(&c);
+}
+
+template <class T, int ROWS = kTileRows>
+FASTRNN_INLINE void outer_rows(int n, const T* a, const T* b, int64_t rows, T* c) {
+  if constexpr (ROWS > 1) {
+    if (n < ROWS) return outer_rows<T, ROWS - 1>(n, a, b, rows, c);
+  }
+  outer_tile<T, ROWS>(a, b, rows, c);
+}
+
+// c [W][W] += aᵀ b over `rows` rows of two panels; only the first `lanes` columns of a are wanted.
+template <class T>
+void outer_panel(const T* a, const T* b, int64_t rows, int lanes, T* c) {
+  constexpr int W = kWidth<T>;
+  const int tiles = (lanes + kTileRows - 1) / kTileRows;
+  for (int i = 0, done = 0; i < tiles; ++i) {  // as even as possible: 16 = 6 + 5 + 5
+    const int n = (lanes - done + tiles - i - 1) / (tiles - i);
+    outer_rows<T>(n, a + done, b, rows, c + done * W);
+    done += n;
+  }
+}
+
+// sum [W] += column sums of a panel, from the last row to the first.
+template <class T>
+void sum_rows(const T* a, int64_t rows, T* sum) {
+  using V = Vec<T>;
+  constexpr int W = kWidth<T>;
+  V s0 = V::load(sum), s1 = V::load(sum + V::N);
+  for (int64_t k = rows - 1; k >= 0; --k) {
+    s0 = s0 + V::load(a + k * W);
+    s1 = s1 + V::load(a + k * W + V::N);
+  }
+  s0.store(sum);
+  s1.store(sum + V::N);
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
+
+#endif  // FASTRNN_CPU_GEMM_H_

@@ -1,0 +1,142 @@
+// What the forward pass, the tape and the stream share: running one layer's directions over the thread pool, and moving
+// states between the caller's layout and the kernels'.
+#ifndef FASTRNN_CPU_LAYER_H_
+#define FASTRNN_CPU_LAYER_H_
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "core/checked.h"
+#include "core/memory.h"
+#include "core/schedule.h"
+#include "core/threads.h"
+#include "cpu/plan.h"
+#include "cpu/stack.h"
+#include "dispatch.h"
+
+namespace fastrnn {
+
+template <class T>
+const Kernels<T>& typed_kernels();
+template <>
+inline const Kernels<float>& typed_kernels<float>() {
+  return dispatch().f32;
+}
+template <>
+inline const Kernels<double>& typed_kernels<double>() {
+  return dispatch().f64;
+}
+
+inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+// Elements of a buffer, refused where the bytes would not fit in 64 bits.
+template <class T>
+Buffer make_buffer(int64_t rows, int64_t columns) {
+  return Buffer(checked_mul(static_cast<size_t>(rows), static_cast<size_t>(columns), sizeof(T)));
+}
+
+// f(task) for tasks 0 … n - 1 on the pool.
+template <class F>
+void run_parallel(int n, Interrupt* interrupt, const F& f) {
+  if (n <= 0) return;
+  parallel(
+      n, [](void* ctx, int task) { (*static_cast<const F*>(ctx))(task); },
+      const_cast<void*>(static_cast<const void*>(&f)), interrupt);
+}
+
+// Range `part` of n things cut into `parts`.
+inline int64_t cut(int64_t n, int parts, int part) { return n * part / parts; }
+
+// (L*D, B, H) state `index` → blocked [S][rows][W] in processing order; zeros where src is null or past H.
+template <class T>
+void load_state(const T* src, int64_t index, const int32_t* order, int64_t B, int64_t H, int W, T* dst) {
+  const int64_t S = ceil_div(H, W);
+  std::memset(dst, 0, sizeof(T) * static_cast<size_t>(S * B * W));
+  if (src == nullptr) return;
+  for (int64_t j = 0; j < B; ++j) {
+    const T* const row = src + (index * B + order[j]) * H;
+    for (int64_t s = 0; s < S; ++s)
+      std::memcpy(dst + (s * B + j) * W, row + s * W, sizeof(T) * static_cast<size_t>(std::min<int64_t>(W, H - s * W)));
+  }
+}
+
+template <class T>
+void store_state(const T* src, int64_t index, const int32_t* order, int64_t B, int64_t H, int W, T* dst) {
+  const int64_t S = ceil_div(H, W);
+  for (int64_t j = 0; j < B; ++j) {
+    T* const row = dst + (index * B + order[j]) * H;
+    for (int64_t s = 0; s < S; ++s)
+      std::memcpy(row + s * W, src + (s * B + j) * W, sizeof(T) * static_cast<size_t>(std::min<int64_t>(W, H - s * W)));
+  }
+}
+
+// Multiply-adds of one layer's forward pass in one direction.
+template <class T>
+double layer_work(const ForwardArgs<T>& a, CellKind kind) {
+  const Schedule& s = *a.schedule;
+  double rows = 0;
+  for (int64_t j = 0; j < s.batch; ++j) rows += static_cast<double>(s.length[j]);
+  const double inputs = a.input.ids != nullptr ? 1.0 : static_cast<double>(a.I);
+  return rows * cell_traits(kind).gates * static_cast<double>(a.H) * (inputs + static_cast<double>(a.H));
+}
+
+// The threads' shares of one layer: all directions × row parts, with the scratch they need.
+template <class T>
+class LayerForward {
+ public:
+  LayerForward(const Kernels<T>& kernels, CellKind kind, const std::vector<ForwardArgs<T>>& directions,
+               const ScheduleBuilder& schedule, int threads)
+      : kernels_(kernels), kind_(static_cast<int>(kind)), directions_(directions) {
+    const int D = static_cast<int>(directions.size());
+    const double work = layer_work(directions[0], kind) * D;
+    parts_ = plan_row_parts(threads, D, schedule.get().batch, work);
+    serial_ = plan_threads(threads, work) == 1;
+    rows_ = schedule.split_rows(parts_);
+    size_t total = 0;
+    for (const ForwardArgs<T>& a : directions_)
+      for (int part = 0; part < parts_; ++part) {
+        offset_.push_back(total);
+        const int64_t n = kernels_.forward_scratch[kind_](a, rows_[static_cast<size_t>(part)], rows_[static_cast<size_t>(part) + 1]);
+        total = checked_add(total, static_cast<size_t>(ceil_div(n, 64) * 64));
+      }
+    scratch_ = Buffer(checked_mul(total, sizeof(T)));
+  }
+
+  std::vector<ForwardArgs<T>>& directions() { return directions_; }
+
+  void run(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
+    const auto task = [&](int i) {
+      const size_t part = static_cast<size_t>(i % parts_);
+      kernels_.forward[kind_](directions_[static_cast<size_t>(i / parts_)], chunk0, chunk1, rows_[part], rows_[part + 1],
+                              scratch_.template data<T>() + offset_[static_cast<size_t>(i)]);
+    };
+    const int tasks = parts_ * static_cast<int>(directions_.size());
+    if (serial_) {
+      for (int i = 0; i < tasks; ++i) task(i);
+      if (interrupt != nullptr && interrupt->stop()) throw Interrupted();
+    } else {
+      run_parallel(tasks, interrupt, task);
+    }
+  }
+
+ private:
+  const Kernels<T>& kernels_;
+  int kind_;
+  std::vector<ForwardArgs<T>> directions_;
+  int parts_;
+  bool serial_;
+  std::vector<int64_t> rows_;
+  std::vector<size_t> offset_;
+  Buffer scratch_;
+};
+
+// Threshold and scale of inverted dropout with probability p.
+inline DropoutMask dropout_mask(double p, uint64_t layer_key) {
+  if (p <= 0) return {0, 0, 1.0};
+  return {layer_key, static_cast<uint64_t>(p * 9007199254740992.0), 1.0 / (1.0 - p)};
+}
+
+}  // namespace fastrnn
+
+#endif  // FASTRNN_CPU_LAYER_H_

@@ -1,0 +1,107 @@
+// Packing: the caller's row-major weights into the panels that the microkernel reads, and gradients back out.
+// The layouts are those of core/dims.h; panel p = s*G + g holds gate g of hidden units s*W … s*W + W - 1.
+#ifndef FASTRNN_CPU_PACK_H_
+#define FASTRNN_CPU_PACK_H_
+
+#include <string.h>
+
+#include "core/dims.h"
+#include "cpu/gemm.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+FASTRNN_INLINE int64_t blocks(int64_t n, int64_t w) { return (n + w - 1) / w; }
+
+// Valid lanes of block b when n columns are cut into blocks of w.
+FASTRNN_INLINE int valid_lanes(int64_t n, int64_t b, int w) {
+  const int64_t left = n - b * w;
+  return left < w ? static_cast<int>(left) : w;
+}
+
+// w (G*H, K) → out [S*G][K][W], panels panel0 … panel1 - 1; lanes past H are zero.
+template <class T>
+void pack(const T* w, int64_t gates, int64_t H, int64_t K, int64_t panel0, int64_t panel1, T* out) {
+  constexpr int W = kWidth<T>;
+  constexpr int64_t kBlock = 64;  // rows of k at once: W * kBlock elements stay in the first-level cache
+  for (int64_t p = panel0; p < panel1; ++p) {
+    const int64_t s = p / gates, g = p % gates;
+    const int lanes = valid_lanes(H, s, W);
+    const T* const src = w + (g * H + s * W) * K;
+    T* const dst = out + p * K * W;
+    for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+      const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
+      for (int lane = 0; lane < lanes; ++lane)
+        for (int64_t k = k0; k < k1; ++k) dst[k * W + lane] = src[lane * K + k];
+      for (int lane = lanes; lane < W; ++lane)
+        for (int64_t k = k0; k < k1; ++k) dst[k * W + lane] = 0;
+    }
+  }
+}
+
+// panels [P][K][W] → out [ceil(K/W)][P*W][W], blocks block0 … block1 - 1: row (p, lane) of block b holds k = b*W ….
+template <class T>
+void pack_transposed(const T* panels, int64_t P, int64_t K, int64_t block0, int64_t block1, T* out) {
+  constexpr int W = kWidth<T>;
+  for (int64_t b = block0; b < block1; ++b) {
+    const int n = valid_lanes(K, b, W);
+    for (int64_t p = 0; p < P; ++p) {
+      const T* const src = panels + (p * K + b * W) * W;
+      T* const dst = out + (b * P + p) * W * W;
+      for (int k = 0; k < n; ++k)
+        for (int lane = 0; lane < W; ++lane) dst[lane * W + k] = src[k * W + lane];
+      for (int k = n; k < W; ++k)
+        for (int lane = 0; lane < W; ++lane) dst[lane * W + k] = 0;
+    }
+  }
+}
+
+// dw (G*H, K) += acc [ceil(K/W)][S*G*W][W].
+template <class T>
+void add_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, T* dw) {
+  constexpr int W = kWidth<T>;
+  const int64_t rows = blocks(H, W) * gates * W;
+  for (int64_t b = 0; b < blocks(K, W); ++b) {
+    const int n = valid_lanes(K, b, W);
+    for (int64_t g = 0; g < gates; ++g)
+      for (int64_t u = 0; u < H; ++u) {
+        const T* const src = acc + (b * rows + ((u / W) * gates + g) * W + u % W) * W;
+        T* const dst = dw + (g * H + u) * K + b * W;
+        for (int k = 0; k < n; ++k) dst[k] += src[k];
+      }
+  }
+}
+
+// dw (G*H, K) += acc [S*G][K][W].
+template <class T>
+void add_table_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, T* dw) {
+  constexpr int W = kWidth<T>;
+  for (int64_t g = 0; g < gates; ++g)
+    for (int64_t u = 0; u < H; ++u) {
+      const T* const src = acc + ((u / W) * gates + g) * K * W + u % W;
+      T* const dst = dw + (g * H + u) * K;
+      for (int64_t k = 0; k < K; ++k) dst[k] += src[k * W];
+    }
+}
+
+// Row `row` of a blocked matrix from n contiguous values; the lanes past n are zero.
+template <class T>
+FASTRNN_INLINE void put_row(const T* src, int64_t n, int64_t panel_stride, T* dst) {
+  constexpr int W = kWidth<T>;
+  for (int64_t b = 0; b < blocks(n, W); ++b, dst += panel_stride) {
+    const int lanes = valid_lanes(n, b, W);
+    memcpy(dst, src + b * W, sizeof(T) * static_cast<size_t>(lanes));
+    for (int lane = lanes; lane < W; ++lane) dst[lane] = 0;
+  }
+}
+
+template <class T>
+void gather(const T* x, int64_t stride_x, int64_t cols, int64_t r0, int64_t r1, int64_t panel_rows, T* out) {
+  constexpr int W = kWidth<T>;
+  for (int64_t r = r0; r < r1; ++r) put_row(x + r * stride_x, cols, panel_rows * W, out + r * W);
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
+
+#endif  // FASTRNN_CPU_PACK_H_

@@ -1,0 +1,440 @@
+// Training: the forward pass that keeps what back-propagation needs, and back-propagation through time.
+//
+// Without checkpoints a tape holds, per layer and direction, the cell's slots, the state before each step and the input
+// rows of every step. With checkpoint_every = k it holds the layer's input and the states before steps 0, k, 2k, …, and
+// the backward pass runs each segment forward again before it goes back through it: memory O(T/k + k), same bits.
+#include <algorithm>
+
+#include "cells/dropout.h"
+#include "core/fpenv.h"
+#include "cpu/layer.h"
+#include "cpu/stack.h"
+
+namespace fastrnn {
+
+template <class T>
+struct StackTape<T>::State {
+  // Slabs of one layer and direction, for all chunks or for one segment.
+  struct Slabs {
+    Buffer gates, h_prev, c_prev, x_rows;
+
+    Slabs(const StackSpec& spec, int W, int64_t rows, int64_t input_size, bool one_hot) {
+      const CellTraits traits = cell_traits(spec.kind);
+      const int64_t S = ceil_div(spec.H, W);
+      gates = make_buffer<T>(rows, S * traits.slots * W);
+      h_prev = make_buffer<T>(rows, S * W);
+      if (traits.has_cell) c_prev = make_buffer<T>(rows, S * W);
+      if (!one_hot) x_rows = make_buffer<T>(rows, ceil_div(input_size, W) * W);
+    }
+
+    template <class Args>
+    void attach(Args& a) {
+      a.gates = gates.template data<T>();
+      a.h_prev = h_prev.template data<T>();
+      a.c_prev = c_prev.template data<T>();
+      a.x_rows = x_rows.template data<T>();
+    }
+  };
+
+  // A layer as the forward pass left it.
+  struct Layer {
+    LayerInput<T> input = {};
+    Buffer input_memory;           // checkpoints: the input itself
+    std::vector<Slabs> slabs;      // by direction; no checkpoints
+    Buffer checkpoint_h, checkpoint_c;  // [segments][D][S][B][W]
+  };
+
+  std::shared_ptr<const PackedStack<T>> stack;
+  int64_t steps, batch, checkpoint_every;
+  std::vector<int64_t> lengths;
+  std::vector<int64_t> ids;
+  std::vector<uint8_t> reset_memory;
+  ResetMask reset = {};
+  ScheduleBuilder schedule;
+  std::vector<Layer> layers;
+
+  State(std::shared_ptr<const PackedStack<T>> s, const StackCall<T>& call)
+      : stack(std::move(s)),
+        steps(call.steps),
+        batch(call.batch),
+        checkpoint_every(call.checkpoint_every),
+        lengths(call.lengths == nullptr ? std::vector<int64_t>()
+                                        : std::vector<int64_t>(call.lengths, call.lengths + call.batch)),
+        schedule(call.steps, call.batch, call.lengths,
+                 plan_chunk_rows(0, sizeof(T), true), call.checkpoint_every) {}
+
+  const StackSpec& spec() const { return stack->spec(); }
+  int width() const { return stack->kernels().width; }
+  int64_t state_size() const { return ceil_div(spec().H, width()) * batch * width(); }
+  bool one_hot(int layer) const { return layer == 0 && !ids.empty(); }
+
+  // A private copy of the call's masks and ids, so that the caller may reuse the arrays.
+  void keep_call(const StackCall<T>& call) {
+    const auto copy = [&](const auto* src, int64_t stride_t, int64_t stride_b, auto& dst) {
+      dst.resize(static_cast<size_t>(steps * batch));
+      for (int64_t t = 0; t < steps; ++t)
+        for (int64_t b = 0; b < batch; ++b)
+          dst[static_cast<size_t>(t * batch + b)] = src[t * stride_t + b * stride_b];
+    };
+    if (call.input.ids != nullptr) copy(call.input.ids, call.input.stride_t, call.input.stride_b, ids);
+    if (call.reset.data != nullptr) {
+      copy(call.reset.data, call.reset.stride_t, call.reset.stride_b, reset_memory);
+      reset = {reset_memory.data(), batch, 1};
+    }
+  }
+
+  ForwardArgs<T> forward_args(int layer, int direction, const LayerInput<T>& input, Interrupt* interrupt) const {
+    ForwardArgs<T> a = {};
+    a.I = spec().input_size(layer);
+    a.H = spec().H;
+    a.reverse = direction == 1;
+    a.schedule = &schedule.get();
+    a.input = input;
+    a.reset = reset;
+    a.weights = stack->layer(layer, direction);
+    a.state_rows = batch;
+    a.interrupt = interrupt;
+    return a;
+  }
+
+  void forward(const StackCall<T>& call);
+  void forward_layer(int layer, const StackCall<T>& call, T* y, int64_t stride_t, int64_t stride_b);
+  void backward(const BackwardCall<T>& call);
+  void backward_layer(int layer, const BackwardCall<T>& call, const T* dy, int64_t dy_t, int64_t dy_b, T* dx,
+                      int64_t dx_t, int64_t dx_b);
+};
+
+template <class T>
+void StackTape<T>::State::forward(const StackCall<T>& call) {
+  keep_call(call);
+  const int64_t DH = spec().H * spec().directions;
+  layers.resize(static_cast<size_t>(spec().layers));
+  Buffer previous;  // the output of the layer below
+  for (int l = 0; l < spec().layers; ++l) {
+    Layer& layer = layers[static_cast<size_t>(l)];
+    if (one_hot(l)) {
+      layer.input = {nullptr, ids.data(), batch, 1, {}};
+    } else if (l == 0) {
+      layer.input = call.input;
+      if (checkpoint_every > 0) {  // the caller's x may change; slabs, which hold a copy, are not kept
+        layer.input_memory = make_buffer<T>(steps * batch, spec().I);
+        T* const copy = layer.input_memory.template data<T>();
+        for (int64_t t = 0; t < steps; ++t)
+          for (int64_t b = 0; b < batch; ++b)
+            std::memcpy(copy + (t * batch + b) * spec().I, call.input.x + t * call.input.stride_t + b * call.input.stride_b,
+                        sizeof(T) * static_cast<size_t>(spec().I));
+        layer.input = {copy, nullptr, batch * spec().I, spec().I, {}};
+      }
+    } else {
+      const uint64_t key = scalar::splitmix64(call.dropout_key + static_cast<uint64_t>(l));
+      layer.input = {previous.template data<T>(), nullptr, batch * DH, DH, dropout_mask(call.dropout, key)};
+      if (checkpoint_every > 0) layer.input_memory = std::move(previous);
+    }
+    const bool last = l + 1 == spec().layers;
+    Buffer output = last ? Buffer() : make_buffer<T>(steps * batch, DH);
+    T* const y = last ? call.y : output.template data<T>();
+    forward_layer(l, call, y, last ? call.y_stride_t : batch * DH, last ? call.y_stride_b : DH);
+    previous = std::move(output);
+    if (checkpoint_every == 0 && !one_hot(l)) layer.input.x = nullptr;  // its rows are in the slabs
+  }
+  if (!lengths.empty()) {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t t = lengths[static_cast<size_t>(b)]; t < steps; ++t)
+        std::memset(call.y + t * call.y_stride_t + b * call.y_stride_b, 0, sizeof(T) * static_cast<size_t>(DH));
+  }
+}
+
+template <class T>
+void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y, int64_t stride_t, int64_t stride_b) {
+  Layer& layer = layers[static_cast<size_t>(l)];
+  const Schedule& s = schedule.get();
+  const int D = spec().directions, W = width();
+  const bool has_cell = cell_traits(spec().kind).has_cell;
+  const int64_t size = state_size();
+  Buffer state = make_buffer<T>(D * size, has_cell ? 2 : 1);
+  std::vector<ForwardArgs<T>> directions;
+  for (int d = 0; d < D; ++d) {
+    ForwardArgs<T> a = forward_args(l, d, layer.input, call.interrupt);
+    a.h = state.template data<T>() + d * size;
+    a.c = has_cell ? a.h + D * size : nullptr;
+    a.y = y + d * spec().H;
+    a.y_stride_t = stride_t;
+    a.y_stride_b = stride_b;
+    if (checkpoint_every == 0) {
+      layer.slabs.emplace_back(spec(), W, s.rows_before[s.chunks], spec().input_size(l), one_hot(l));
+      layer.slabs.back().attach(a);
+    }
+    load_state(call.h0, spec().index(l, d), s.order, batch, spec().H, W, a.h);
+    if (has_cell) load_state(call.c0, spec().index(l, d), s.order, batch, spec().H, W, a.c);
+    directions.push_back(a);
+  }
+  LayerForward<T> forward(stack->kernels(), spec().kind, directions, schedule, call.threads);
+  if (checkpoint_every == 0) {
+    forward.run(0, s.chunks, call.interrupt);
+  } else {
+    const std::vector<int64_t>& segments = schedule.segments();
+    const int64_t count = static_cast<int64_t>(segments.size()) - 1;
+    layer.checkpoint_h = make_buffer<T>(count * D, size);
+    if (has_cell) layer.checkpoint_c = make_buffer<T>(count * D, size);
+    const size_t bytes = sizeof(T) * static_cast<size_t>(D * size);
+    for (int64_t i = 0; i < count; ++i) {
+      std::memcpy(layer.checkpoint_h.template data<T>() + i * D * size, directions[0].h, bytes);
+      if (has_cell) std::memcpy(layer.checkpoint_c.template data<T>() + i * D * size, directions[0].c, bytes);
+      forward.run(segments[static_cast<size_t>(i)], segments[static_cast<size_t>(i) + 1], call.interrupt);
+    }
+  }
+  for (int d = 0; d < D; ++d) {
+    const ForwardArgs<T>& a = directions[static_cast<size_t>(d)];
+    store_state(a.h, spec().index(l, d), s.order, batch, spec().H, W, call.hn);
+    if (has_cell) store_state(a.c, spec().index(l, d), s.order, batch, spec().H, W, call.cn);
+  }
+}
+
+template <class T>
+void StackTape<T>::State::backward(const BackwardCall<T>& call) {
+  const int64_t DH = spec().H * spec().directions;
+  Buffer above;  // the gradient of this layer's output
+  const T* dy = call.dy;
+  int64_t dy_t = call.dy_stride_t, dy_b = call.dy_stride_b;
+  for (int l = spec().layers - 1; l >= 0; --l) {
+    Buffer below;
+    T* dx = call.dx;
+    int64_t dx_t = call.dx_stride_t, dx_b = call.dx_stride_b;
+    if (l > 0) {
+      below = make_buffer<T>(steps * batch, DH);
+      dx = below.template data<T>();
+      dx_t = batch * DH;
+      dx_b = DH;
+      std::memset(dx, 0, sizeof(T) * static_cast<size_t>(steps * batch * DH));
+    }
+    backward_layer(l, call, dy, dy_t, dy_b, dx, dx_t, dx_b);
+    layers[static_cast<size_t>(l)] = Layer();  // freed as soon as it is used
+    above = std::move(below);
+    dy = above.template data<T>();
+    dy_t = batch * DH;
+    dy_b = DH;
+  }
+}
+
+// Adds the accumulated bias gradients [S*slots][W] to both biases: the same numbers, except for n of a GRU whose reset
+// gate comes after the product.
+template <class T>
+void add_bias_gradients(CellKind kind, int64_t H, int W, const T* acc, const LayerGradients<T>& g) {
+  if (g.b_ih == nullptr) return;
+  const CellTraits traits = cell_traits(kind);
+  for (int gate = 0; gate < traits.gates; ++gate)
+    for (int64_t u = 0; u < H; ++u) {
+      const T* const lane = acc + u / W * traits.slots * W + u % W;
+      const int in_slot = kind == CellKind::kGruAfter && gate == 2 ? 3 : gate;
+      g.b_ih[gate * H + u] += lane[in_slot * W];
+      g.b_hh[gate * H + u] += lane[gate * W];
+    }
+}
+
+template <class T>
+void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, const T* dy, int64_t dy_t, int64_t dy_b,
+                                         T* dx, int64_t dx_t, int64_t dx_b) {
+  Layer& layer = layers[static_cast<size_t>(l)];
+  const Kernels<T>& k = stack->kernels();
+  const Schedule& s = schedule.get();
+  const int D = spec().directions, W = width(), kind = static_cast<int>(spec().kind);
+  const CellTraits traits = cell_traits(spec().kind);
+  const int64_t I = spec().input_size(l), H = spec().H;
+  const int64_t S = ceil_div(H, W), P = S * traits.gates, X = ceil_div(I, W), size = state_size();
+  const bool want_dx = dx != nullptr;
+
+  // Work memory, per direction: transposed weights, accumulators, the running gradient of the state.
+  const int64_t n_hh = S * P * W * W, n_ih = one_hot(l) ? P * I * W : X * P * W * W, n_b = S * traits.slots * W;
+  const int64_t n_wide = X * P * W * W;
+  const size_t per_direction =
+      checked_add(checked_mul(2, static_cast<size_t>(n_hh)), static_cast<size_t>(n_ih), static_cast<size_t>(n_b),
+                  static_cast<size_t>(want_dx ? n_wide : 0), checked_mul(2, static_cast<size_t>(size)),
+                  traits.two_phase ? checked_mul(static_cast<size_t>(s.max_rows), static_cast<size_t>(S * W)) : 0);
+  Buffer memory(checked_mul(per_direction, static_cast<size_t>(D), sizeof(T)));
+  std::vector<BackwardArgs<T>> args;
+  T* at = memory.template data<T>();
+  const auto take = [&](int64_t n) {
+    T* const p = at;
+    at += n;
+    return p;
+  };
+  for (int d = 0; d < D; ++d) {
+    BackwardArgs<T> a = {};
+    a.I = I;
+    a.H = H;
+    a.reverse = d == 1;
+    a.schedule = &s;
+    a.input = layer.input;
+    a.reset = reset;
+    a.dy = dy == nullptr ? nullptr : dy + d * H;
+    a.dy_stride_t = dy_t;
+    a.dy_stride_b = dy_b;
+    a.state_rows = batch;
+    a.dx = dx;
+    a.dx_stride_t = dx_t;
+    a.dx_stride_b = dx_b;
+    a.w_hh = take(n_hh);
+    a.w_ih = want_dx ? take(n_wide) : nullptr;
+    a.dw_hh = take(n_hh);
+    a.dw_ih = take(n_ih);
+    a.dbias = take(n_b);
+    std::memset(a.dw_hh, 0, sizeof(T) * static_cast<size_t>(n_hh + n_ih + n_b));
+    a.dh = take(size);
+    a.dc = take(size);
+    if (traits.two_phase) a.rh = take(s.max_rows * S * W);
+    load_state(call.dhn, spec().index(l, d), s.order, batch, H, W, a.dh);
+    load_state(call.dcn, spec().index(l, d), s.order, batch, H, W, a.dc);
+    a.interrupt = call.interrupt;
+    if (checkpoint_every == 0) layer.slabs[static_cast<size_t>(d)].attach(a);
+    args.push_back(a);
+  }
+
+  double work = 0;
+  for (int64_t j = 0; j < batch; ++j) work += static_cast<double>(s.length[j]);
+  work *= static_cast<double>(traits.gates * H * H * D);
+  const int threads = plan_threads(call.threads, work);
+  const int row_parts = plan_row_parts(call.threads, D, batch, work);
+  const int panel_parts = static_cast<int>(std::min<int64_t>(P, ceil_div(threads, D)));
+  const std::vector<int64_t> rows = schedule.split_rows(row_parts);
+  const auto run = [&](int tasks, const auto& f) {
+    if (threads > 1) return run_parallel(tasks, call.interrupt, f);
+    for (int i = 0; i < tasks; ++i) f(i);
+    if (call.interrupt != nullptr && call.interrupt->stop()) throw Interrupted();
+  };
+
+  run(D * panel_parts, [&](int task) {
+    const int d = task / panel_parts, part = task % panel_parts;
+    const PackedLayer<T> w = stack->layer(l, d);
+    const BackwardArgs<T>& a = args[static_cast<size_t>(d)];
+    k.pack_transposed(w.w_hh, P, H, cut(S, panel_parts, part), cut(S, panel_parts, part + 1), const_cast<T*>(a.w_hh));
+    if (want_dx)
+      k.pack_transposed(w.w_ih, P, I, cut(X, panel_parts, part), cut(X, panel_parts, part + 1), const_cast<T*>(a.w_ih));
+  });
+
+  Buffer reset_scratch;  // a two-phase cell's gradient of r∘h
+  if (traits.two_phase) reset_scratch = make_buffer<T>(D * size, 1);
+  const int dx_parts = threads;
+  const int64_t dx_rows = ceil_div(s.max_rows, dx_parts);
+  Buffer dx_scratch;
+  if (want_dx) dx_scratch = make_buffer<T>(dx_parts * dx_rows, X * W);
+
+  const auto back_through_chunk = [&](int64_t c) {
+    run(D * row_parts, [&](int task) {
+      const size_t d = static_cast<size_t>(task / row_parts), part = static_cast<size_t>(task % row_parts);
+      T* const scratch =
+          traits.two_phase ? reset_scratch.template data<T>() + static_cast<int64_t>(d) * size + rows[part] * S * W : nullptr;
+      k.backward[kind](args[d], c, rows[part], rows[part + 1], scratch);
+    });
+    run(D * panel_parts, [&](int task) {
+      const int part = task % panel_parts;
+      k.weight_gradients[kind](args[static_cast<size_t>(task / panel_parts)], c, cut(P, panel_parts, part),
+                               cut(P, panel_parts, part + 1));
+    });
+    if (!want_dx) return;
+    const int64_t last = s.chunk_begin[c + 1] - 1, count = s.row_of_step[last] + s.active[last];
+    for (int d = 0; d < D; ++d)  // one after the other: both add to dx
+      run(dx_parts, [&](int part) {
+        const int64_t r0 = cut(count, dx_parts, part), r1 = cut(count, dx_parts, part + 1);
+        if (r0 < r1)
+          k.input_gradients[kind](args[static_cast<size_t>(d)], c, r0, r1,
+                                  dx_scratch.template data<T>() + part * dx_rows * X * W);
+      });
+  };
+
+  if (checkpoint_every == 0) {
+    for (int64_t c = s.chunks - 1; c >= 0; --c) back_through_chunk(c);
+  } else {
+    const std::vector<int64_t>& segments = schedule.segments();
+    int64_t most = 0;
+    for (size_t i = 0; i + 1 < segments.size(); ++i)
+      most = std::max(most, s.rows_before[segments[i + 1]] - s.rows_before[segments[i]]);
+    Buffer state = make_buffer<T>(D * size, 2);
+    std::vector<Slabs> slabs;
+    std::vector<ForwardArgs<T>> forward_directions;
+    for (int d = 0; d < D; ++d) {
+      slabs.emplace_back(spec(), W, most, I, one_hot(l));
+      ForwardArgs<T> f = forward_args(l, d, layer.input, call.interrupt);
+      f.h = state.template data<T>() + d * size;
+      f.c = traits.has_cell ? f.h + D * size : nullptr;
+      slabs.back().attach(f);
+      slabs.back().attach(args[static_cast<size_t>(d)]);
+      forward_directions.push_back(f);
+    }
+    LayerForward<T> forward(k, spec().kind, forward_directions, schedule, call.threads);
+    const size_t bytes = sizeof(T) * static_cast<size_t>(D * size);
+    for (int64_t i = static_cast<int64_t>(segments.size()) - 2; i >= 0; --i) {
+      const int64_t first = segments[static_cast<size_t>(i)], end = segments[static_cast<size_t>(i) + 1];
+      std::memcpy(forward_directions[0].h, layer.checkpoint_h.template data<T>() + i * D * size, bytes);
+      if (traits.has_cell)
+        std::memcpy(forward_directions[0].c, layer.checkpoint_c.template data<T>() + i * D * size, bytes);
+      for (int d = 0; d < D; ++d) {
+        forward.directions()[static_cast<size_t>(d)].first_chunk = first;
+        args[static_cast<size_t>(d)].first_chunk = first;
+      }
+      forward.run(first, end, call.interrupt);
+      for (int64_t c = end - 1; c >= first; --c) back_through_chunk(c);
+    }
+  }
+
+  for (int d = 0; d < D; ++d) {
+    const BackwardArgs<T>& a = args[static_cast<size_t>(d)];
+    const LayerGradients<T>& g = call.gradients[static_cast<size_t>(spec().index(l, d))];
+    (one_hot(l) ? k.add_table_gradient : k.add_gradient)(a.dw_ih, traits.gates, H, I, g.w_ih);
+    k.add_gradient(a.dw_hh, traits.gates, H, H, g.w_hh);
+    add_bias_gradients(spec().kind, H, W, a.dbias, g);
+    store_state(a.dh, spec().index(l, d), s.order, batch, H, W, call.dh0);
+    if (traits.has_cell) store_state(a.dc, spec().index(l, d), s.order, batch, H, W, call.dc0);
+  }
+}
+
+template <class T>
+StackTape<T>::StackTape(std::shared_ptr<const PackedStack<T>> stack, const StackCall<T>& call)
+    : state_(new State(std::move(stack), call)) {
+  const FpEnv env;
+  state_->forward(call);
+}
+
+template <class T>
+StackTape<T>::~StackTape() = default;
+
+template <class T>
+void StackTape<T>::backward(const BackwardCall<T>& call) {
+  const FpEnv env;
+  state_->backward(call);
+}
+
+template <class T>
+const StackSpec& StackTape<T>::spec() const {
+  return state_->spec();
+}
+
+template <class T>
+int64_t StackTape<T>::steps() const {
+  return state_->steps;
+}
+
+template <class T>
+int64_t StackTape<T>::batch() const {
+  return state_->batch;
+}
+
+template <class T>
+bool StackTape<T>::one_hot() const {
+  return state_->one_hot(0);
+}
+
+template <class T>
+size_t StackTape<T>::bytes() const {
+  size_t total = 0;
+  for (const auto& layer : state_->layers) {
+    total += layer.input_memory.size() + layer.checkpoint_h.size() + layer.checkpoint_c.size();
+    for (const auto& slabs : layer.slabs)
+      total += slabs.gates.size() + slabs.h_prev.size() + slabs.c_prev.size() + slabs.x_rows.size();
+  }
+  return total;
+}
+
+template class StackTape<float>;
+template class StackTape<double>;
+
+}  // namespace fastrnn
