@@ -1,9 +1,7 @@
 // Bindings of the training kernels: optimiser steps, norms, softmax cross-entropy, embedding,
 // dropout.
 //
-// The Python layer validates and converts what users pass; what is checked here is what memory
-// safety needs. Arrays are C-contiguous, aligned and of one dtype (float32 or float64). The GIL is
-// released while a kernel runs.
+// Arrays are converted and checked by arrays.h; the GIL is released while a kernel runs.
 #include <pybind11/stl.h>
 
 #include <algorithm>

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "any_float_array",
     "choice",
     "flag",
     "float_array",
@@ -30,6 +31,7 @@ _MAX_SIZE = (
     2**31 - 1
 )  # one dimension; products of dimensions are 64-bit and checked where they are made
 _MAX_THREADS = 1024
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def _got(value: object) -> str:
@@ -108,7 +110,7 @@ def float_dtype(name: str, value: Any) -> np.dtype[Any]:
         dtype: np.dtype[Any] = np.dtype(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected {expected}, got {_got(value)}") from None
-    if dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+    if dtype not in _FLOATS:
         raise ValueError(f"{name}: expected {expected}, got {_got(value)}")
     return dtype
 
@@ -159,6 +161,15 @@ def float_array(
     if shape is not None and array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
     return np.require(array, dtype=dtype, requirements=["C", "A"])
+
+
+def any_float_array(name: str, value: Any) -> npt.NDArray[Any]:
+    """``value``, which must be float32 or float64, as an aligned C-contiguous native array."""
+    array = np.asarray(value)
+    dtype = array.dtype.newbyteorder("=")
+    if dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected an array of float32 or float64, got {array.dtype}")
+    return float_array(name, array, dtype)
 
 
 def int_array(name: str, value: Any, shape: tuple[int, ...] | None = None) -> npt.NDArray[np.int64]:

@@ -117,11 +117,8 @@ def rebind(params: dict[str, Array], flat: Array) -> None:
         dict.__setitem__(params, name, view)
 
 
-def accumulators(
-    shapes: Shapes, dtype: np.dtype[Any], into: dict[str, Array] | None
-) -> dict[str, Array]:
-    """Where a backward pass adds its gradients: ``into`` once it is found fit, or new zeros in one
-    flat buffer.
+def accumulators(shapes: Shapes, dtype: np.dtype[Any], into: Any) -> dict[str, Array]:
+    """Where a backward pass adds its gradients: ``into``, once found fit, or new zeros.
 
     Raises:
         TypeError: ``into`` is not a dict of arrays of ``dtype``.
@@ -146,7 +143,8 @@ def accumulators(
                 f"into[{name!r}]: expected a writable C-contiguous array, got one that is "
                 + ("read-only" if not flags.writeable else "strided or misaligned")
             )
-    return into
+    arrays: dict[str, Array] = into
+    return arrays
 
 
 class Params(dict[str, Array]):
@@ -253,6 +251,7 @@ class Module:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if "params" in state:
+            self.flat = self.flat.copy()  # aligned, owned, and not shared by copy.copy
             self.params = Params(views(self.flat, state["params"]))
 
 
