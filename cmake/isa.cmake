@@ -15,6 +15,12 @@ else()
   message(FATAL_ERROR "fastrnn has kernels for x86-64 and AArch64, not for '${CMAKE_SYSTEM_PROCESSOR}'")
 endif()
 
+# For builds whose purpose is the same on every ISA, such as looking for races between threads.
+option(FASTRNN_ONE_ISA "Compile the kernels for the plain architecture only" OFF)
+if(FASTRNN_ONE_ISA)
+  list(GET FASTRNN_ISAS 0 FASTRNN_ISAS)
+endif()
+
 set(FASTRNN_FLAGS_baseline -msse2)
 set(FASTRNN_FLAGS_avx2 -mavx2 -mfma)
 # prefer-vector-width: without it GCC and Clang would still split plain loops into 256-bit halves.
@@ -28,8 +34,11 @@ set(FASTRNN_FLAGS_neon) # part of every AArch64
 # Every ISA: no contraction, since a fused multiply-add is written out where it is meant, so that AVX2, AVX-512 and NEON
 # give the same bits; no errno, so that sqrt and friends are one instruction. Never -ffast-math: it breaks NaN and Inf.
 set(FASTRNN_KERNEL_FLAGS -ffp-contract=off -fno-math-errno)
-# Last on the command line, so that it wins over CMake's own level; a debug build stays readable in the debugger.
-list(APPEND FASTRNN_KERNEL_FLAGS $<$<NOT:$<CONFIG:Debug>>:-O3>)
+# Last on the command line, so that it wins over CMake's own level. A debug build stays readable in the debugger, and
+# sanitizers at -O3 take many minutes for what they find at the level that their presets choose.
+if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
+  list(APPEND FASTRNN_KERNEL_FLAGS $<$<NOT:$<CONFIG:Debug>>:-O3>)
+endif()
 
 # fastrnn_compile_for_isa(<target> <isa>): the flags and the definition that make a target one ISA's.
 function(fastrnn_compile_for_isa target isa)

@@ -16,7 +16,7 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +26,19 @@ from typing import NamedTuple
 MAY_INCLUDE = {
     "cells/": ("cells/",),
     "core/": ("core/",),
-    "cpu/": ("cpu/", "cells/", "core/"),
-    # The engine's plain interface: it splits work, and asks dispatch for the kernels.
-    "cpu/stack.": ("cpu/stack.h", "core/", "dispatch.h"),
+    "cpu/": ("cpu/", "cells/", "core/", "dispatch.h"),
     "cuda/": ("cuda/", "cells/", "core/"),
     "dispatch.": ("dispatch.h", "core/"),
+    # cpu/stack.h is the engine's plain interface.
     "bindings/": ("bindings/", "dispatch.h", "core/", "cpu/stack.h"),
 }
+
+# cpu/ has two halves. What this file includes, directly or not, is compiled once per ISA: C headers
+# only, whose functions are not inline, and no dispatch. The other half organises the work (threads,
+# chunks, memory), is compiled once and asks dispatch for the kernels.
+PER_ISA_SOURCE = "cpu/kernels.cc"
+PER_ISA_MAY_INCLUDE = ("cpu/", "cells/", "core/")
+PER_ISA_HEADERS = ("stddef.h", "stdint.h", "string.h", "immintrin.h", "arm_neon.h")
 
 # Headers of other libraries (a pattern), and the only parts that may include them.
 ONLY_IN = [
@@ -43,11 +49,6 @@ ONLY_IN = [
         ("dispatch.", "cpu/vec.h", "core/fpenv.h"),
     ),
 ]
-
-# Compiled once per ISA: C headers only, whose functions are not inline.
-PER_ISA = ("cpu/", "cells/")
-NOT_PER_ISA = ("cpu/stack.",)
-PER_ISA_HEADERS = ("stddef.h", "stdint.h", "string.h", "immintrin.h", "arm_neon.h")
 
 # Names of ISAs, their macros, intrinsics and register types stand in these parts only. fpenv.h sets
 # the control register (MXCSR, FPCR), which has no name that all machines share. Which architecture
@@ -70,7 +71,7 @@ MAY_IMPORT = {
     "fastrnn.reference": ("numpy",),  # the specification stands alone
     "fastrnn.io": ("fastrnn", "numpy", "safetensors"),
     "fastrnn.cli": ("fastrnn", "numpy", "click", "rich", "matplotlib"),
-    "fastrnn._cli": ("fastrnn", "numpy", "click", "rich", "matplotlib"),
+    "fastrnn._charlm": ("fastrnn", "numpy", "rich", "matplotlib"),  # the command line's engine room
     "fastrnn.interop": ("fastrnn", "numpy", "torch", "jax"),
     "fastrnn.estimators": ("fastrnn", "numpy", "sklearn"),
 }
@@ -91,9 +92,8 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*(?:"([^"]+)"|<([^>]+)>)')
 COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
 
 
-def longest_prefix(name: str, prefixes: object) -> str:
+def longest_prefix(name: str, prefixes: Iterable[str]) -> str:
     """The most specific of `prefixes` that `name` starts with, "" if none does."""
-    assert isinstance(prefixes, (dict, tuple))
     return max((p for p in prefixes if name.startswith(p)), key=len, default="")
 
 
@@ -107,34 +107,53 @@ def without_comments(text: str) -> str:
     return COMMENT_OR_STRING.sub(blank, text)
 
 
+def includes(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Of each #include: its line number and the target, "ours" or <theirs>; the other is ""."""
+    for number, line in enumerate(without_comments(path.read_text()).splitlines(), start=1):
+        match = INCLUDE.match(line)
+        if match:
+            yield number, match[1] or "", match[2] or ""
+
+
+def reached(csrc: Path, name: str) -> set[str]:
+    """The file `name` under `csrc` and all of ours that it includes, directly or not."""
+    seen: set[str] = set()
+    todo = [name]
+    while todo:
+        name = todo.pop()
+        if name not in seen and (csrc / name).is_file():
+            seen.add(name)
+            todo += [ours for _, ours, _ in includes(csrc / name) if ours]
+    return seen
+
+
 def check_cpp(csrc: Path) -> Iterator[Finding]:
     """Findings in the C++ and CUDA files under `csrc`."""
+    per_isa = reached(csrc, PER_ISA_SOURCE)
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in CPP_SUFFIXES):
         name = path.relative_to(csrc).as_posix()
         part = longest_prefix(name, MAY_INCLUDE)
         if not part:
-            yield Finding(
-                path, 1, "belongs to no part in MAY_INCLUDE of tools/check_dependencies.py"
-            )
+            yield Finding(path, 1, "in no part of MAY_INCLUDE in tools/check_dependencies.py")
             continue
-        per_isa = name.startswith(PER_ISA) and not name.startswith(NOT_PER_ISA)
-        for number, line in enumerate(without_comments(path.read_text()).splitlines(), start=1):
-            include = INCLUDE.match(line)
-            if include:
-                ours, system = include.groups()
-                what = (
-                    check_own_include(csrc, path, part, ours)
-                    if ours
-                    else check_system_include(name, system, per_isa)
-                )
-                if what:
-                    yield Finding(path, number, what)
-            elif not name.startswith(ISA_PARTS):
+        for number, ours, theirs in includes(path):
+            if ours:
+                what = check_own_include(csrc, path, part, ours)
+                if not what and name in per_isa and not ours.startswith(PER_ISA_MAY_INCLUDE):
+                    what = f'"{ours}" in code that is compiled per ISA'
+            else:
+                what = check_library_include(name, theirs)
+                if not what and name in per_isa and theirs not in PER_ISA_HEADERS:
+                    allowed = ", ".join(PER_ISA_HEADERS)
+                    what = f"<{theirs}> in code that is compiled per ISA, only {allowed}"
+            if what:
+                yield Finding(path, number, what)
+        if not name.startswith(ISA_PARTS):
+            for number, line in enumerate(without_comments(path.read_text()).splitlines(), start=1):
                 isa = ISA_NAMES.search(line)
-                if isa:
-                    yield Finding(
-                        path, number, f"'{isa.group()}' is an ISA's: only in {', '.join(ISA_PARTS)}"
-                    )
+                if isa and not INCLUDE.match(line):
+                    where = ", ".join(ISA_PARTS)
+                    yield Finding(path, number, f"'{isa.group()}' is an ISA's, only in {where}")
 
 
 def check_own_include(csrc: Path, path: Path, part: str, target: str) -> str:
@@ -147,13 +166,11 @@ def check_own_include(csrc: Path, path: Path, part: str, target: str) -> str:
     return ""
 
 
-def check_system_include(name: str, header: str, per_isa: bool) -> str:
+def check_library_include(name: str, header: str) -> str:
     """What is wrong with #include <header> in the file `name`, "" if nothing."""
     for pattern, parts in ONLY_IN:
         if re.match(pattern, header) and not name.startswith(parts):
             return f"<{header}> only in {', '.join(parts)}"
-    if per_isa and header not in PER_ISA_HEADERS:
-        return f"<{header}> in code that is compiled per ISA, only {', '.join(PER_ISA_HEADERS)}"
     return ""
 
 

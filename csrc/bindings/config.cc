@@ -79,7 +79,7 @@ void register_config(py::module_& m) {
         "Processors this process may use: its affinity mask, cut by the cgroup's CPU quota.");
   m.def(
       "isa", [] { return std::string(dispatch().isa); },
-      "The instruction set in use: 'avx512', 'avx2', 'baseline' or 'neon'.\n\n"
+      "The instruction set in use, one of isas().\n\n"
       "The widest the machine has, or FASTRNN_ISA; RuntimeError when that cannot be had.");
   m.def(
       "isas",

@@ -10,7 +10,6 @@
 #ifndef FASTRNN_CPU_TRAINING_H_
 #define FASTRNN_CPU_TRAINING_H_
 
-#include <math.h>
 #include <string.h>
 
 #include "cells/activations.h"
@@ -159,7 +158,7 @@ void cross_entropy(const CrossEntropyArgs<T>& args, int64_t begin, int64_t end) 
     }
     const double sum = row_sum(dz, classes);
     const double excess = static_cast<double>(z[target]) - static_cast<double>(top);
-    args.loss[row] = log(sum) - excess;
+    args.loss[row] = __builtin_log(sum) - excess;
     const T factor = static_cast<T>(static_cast<double>(args.weight) / sum);
     for (int64_t j = 0; j < classes; ++j) dz[j] *= factor;
     dz[target] -= args.weight;

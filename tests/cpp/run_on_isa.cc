@@ -18,6 +18,8 @@ bool machine_has(const char* isa) {
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("fma");
   }
+#else
+  (void)isa;
 #endif
   return false;
 }
