@@ -123,7 +123,7 @@ struct CallArguments {
     read_reset(reset, a);
     read_input(a, spec);
 
-    y_shape = Shape(a.shape(), a.shape() + batched_dims - (batched ? 1 : 2));
+    y_shape = Shape(a.shape(), a.shape() + (batched ? 2 : 1));
     y_shape.push_back(spec.H * spec.directions);
     y = py::array_t<T>(y_shape);
     call.y = y.mutable_data();
@@ -216,8 +216,6 @@ struct Tape {
     const bool has_cell = cell_traits(spec.kind).has_cell;
     BackwardCall<T> call = {};
     call.threads = thread_count(threads);
-    if (dy.is_none() && dstate.is_none())
-      value_mismatch("dy", "an array, or dstate to be one", "None for both");
     py::array dy_rows;
     const bool batched = y_shape.size() == 3;
     const py::ssize_t t_axis = batched && batch_first ? 1 : 0, b_axis = 1 - t_axis;

@@ -4,6 +4,7 @@
 #define FASTRNN_CPU_LAYER_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -131,10 +132,10 @@ class LayerForward {
   Buffer scratch_;
 };
 
-// Threshold and scale of inverted dropout with probability p.
+// Threshold and scale of inverted dropout with probability p: an element whose 53-bit fraction u satisfies u >= p stays.
 inline DropoutMask dropout_mask(double p, uint64_t layer_key) {
   if (p <= 0) return {0, 0, 1.0};
-  return {layer_key, static_cast<uint64_t>(p * 9007199254740992.0), 1.0 / (1.0 - p)};
+  return {layer_key, static_cast<uint64_t>(std::ceil(p * 9007199254740992.0)), 1.0 / (1.0 - p)};
 }
 
 }  // namespace fastrnn

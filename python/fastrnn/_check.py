@@ -20,6 +20,7 @@ __all__ = [
     "float_dtype",
     "generator",
     "int_array",
+    "key",
     "mask",
     "number",
     "probability",
@@ -99,6 +100,15 @@ def number(
 def probability(name: str, value: object) -> float:
     """A number in [0, 1): NaN and 1 are refused."""
     return number(name, value, low=0.0, high=1.0, high_open=True)
+
+
+def key(name: str, value: object) -> int:
+    """A 64-bit key: an integer from 0 to 2**64 - 1."""
+    expected = "an integer from 0 to 2**64 - 1"
+    result = _integer(name, value, expected)
+    if not 0 <= result < 2**64:
+        raise ValueError(f"{name}: expected {expected}, got {_got(value)}")
+    return result
 
 
 def float_dtype(name: str, value: Any) -> np.dtype[Any]:
