@@ -7,9 +7,13 @@ central differences in float64. Numbers in names are those of the hostile cases.
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fastrnn
@@ -17,7 +21,7 @@ import hypothesis
 import numpy as np
 import pytest
 from conftest import FINITE_DIFFERENCE_ATOL, FINITE_DIFFERENCE_RTOL
-from fastrnn import _check, _params, nn
+from fastrnn import _check, _core, _params, nn
 from hypothesis import strategies as st
 
 DTYPES = ["float32", "float64"]
@@ -920,3 +924,56 @@ def test_case_19_empty_batches() -> None:
         g = tape.backward(np.zeros(y.shape))
         assert not any(array.any() for array in g.params.values())
         assert all(a.shape == b.shape for a, b in zip(leaves(state), leaves(g.state), strict=True))
+
+
+# --- instruction sets
+
+ISA_SCRIPT = """
+import sys
+import numpy as np
+from fastrnn import nn, optim
+
+out = {}
+for dtype in ("float32", "float64"):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((101, 103)).astype(dtype)
+    ids = rng.integers(0, 103, 101)
+    for name, opt in {
+        "sgd": lambda p: optim.SGD(p, 0.1, 0.9, True, 0.01), "adam": optim.Adam
+    }.items():
+        params = {"w": x.copy()}
+        step = opt(params)
+        out["norm", name, dtype] = np.array(step.step({"w": x[::-1]}, clip_norm=1, clip_value=0.1))
+        out[name, dtype] = params["w"]
+    out["dropout", dtype] = nn.Dropout(0.3, rng=1).forward(x)[0]
+    _, tape = nn.Embedding(103, 103, dtype=dtype, rng=2).forward(ids)
+    out["embedding", dtype] = tape.backward(x).params["weight"]
+    loss, out["dlogits", dtype] = nn.softmax_cross_entropy(x, ids)
+    out["loss", dtype] = np.array(loss)
+    y, tape = nn.Linear(103, 37, dtype=dtype, rng=3).forward(x)
+    out["linear", dtype], out["linear_dx", dtype] = y, tape.backward(y).x
+np.savez(sys.argv[1], **{" ".join(key): array for key, array in out.items()})
+"""
+
+
+def test_every_isa(tmp_path: Path) -> None:
+    results = {}
+    for isa in _core.isas():
+        path = tmp_path / f"{isa}.npz"
+        subprocess.run(
+            [sys.executable, "-c", ISA_SCRIPT, str(path)],
+            env={**os.environ, "FASTRNN_ISA": isa},
+            check=True,
+            timeout=60,
+        )
+        results[isa] = dict(np.load(path))
+    exact = ("norm", "sgd", "adam", "dropout", "embedding")
+    first, *others = results
+    for isa in others:
+        fused = "baseline" not in (first, isa)  # SSE2 lacks the fused multiply-add of the others
+        for name, array in results[first].items():
+            if fused or name.startswith(exact):
+                assert same(array, results[isa][name]), (isa, name)
+            else:
+                tolerance = 1e-5 if "float32" in name else 1e-13
+                np.testing.assert_allclose(results[isa][name], array, atol=tolerance, rtol=0)
