@@ -167,8 +167,9 @@ struct Isa<double> : PartialAccess<double> {
   static FASTRNN_INLINE V max(V a, V b) { return _mm_max_pd(a, b); }
 };
 
-#else  // NEON: vminq and vmaxq return NaN if either operand is, so minimum and maximum are a
-       // comparison and a select
+#else  // NEON
+
+// vminq and vmaxq return NaN where either operand is; ours return b: a comparison and a select.
 
 template <>
 struct Isa<float> : PartialAccess<float> {
@@ -210,9 +211,9 @@ struct Vec {
   static FASTRNN_INLINE Vec load_n(const T* p, int n) { return {Isa<T>::load_n(p, n)}; }
   FASTRNN_INLINE void store_n(T* p, int n) const { Isa<T>::store_n(p, n, v); }
 
-  static FASTRNN_INLINE Vec set(T x) {
-    return {x - Native{}};
-  }  // x - (+0) keeps every x, -0 included
+  // x in every lane: the extension broadcasts a scalar operand, and x - (+0) is x for every x, -0
+  // included. The compiler folds the subtraction away.
+  static FASTRNN_INLINE Vec set(T x) { return {x - Native{}}; }
   static FASTRNN_INLINE Vec zero() { return {Native{}}; }
 
   friend FASTRNN_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
