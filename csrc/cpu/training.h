@@ -118,21 +118,6 @@ double row_sum(const T* x, int64_t count) {
   return sum_lanes(lanes);
 }
 
-// exp(x) for x <= 0, at most 1 ULP off: 2^n (1 + expm1(r)) with x = n ln(2) + r. 0 where the result
-// would be subnormal, -Inf included; NaN for NaN.
-template <class V>
-FASTRNN_INLINE V exp_nonpositive(V x) {
-  using T = typename V::Scalar;
-  using C = ExpConstants<T>;
-  const V magic = V::set(FloatBits<T>::kMagic);
-  const V y = max(V::set(C::kSigmoidMin), x);
-  const V m = fma(y, V::set(C::kLog2e), magic);
-  const V n = m - magic;
-  const V r = fnma(n, V::set(C::kLn2Lo), fnma(n, V::set(C::kLn2Hi), y));
-  const V s = pow2_from_magic(m);
-  return fma(s, expm1_reduced(r), s);
-}
-
 // With the row's maximum taken out, loss = log(sum_j exp(z_j - max)) - (z_t - max): no overflow,
 // and the exponentials are kept in dlogits, where one multiplication turns them into the gradient.
 template <class T>
@@ -151,10 +136,10 @@ void cross_entropy(const CrossEntropyArgs<T>& args, int64_t begin, int64_t end) 
     const T top = row_max(z, classes);
     const V shift = V::set(top);
     int64_t i = 0;
-    for (; i + V::N <= classes; i += V::N) exp_nonpositive(V::load(z + i) - shift).store(dz + i);
+    for (; i + V::N <= classes; i += V::N) exp_nonpos(V::load(z + i) - shift).store(dz + i);
     if (i < classes) {
       const int rest = static_cast<int>(classes - i);
-      exp_nonpositive(V::load_n(z + i, rest) - shift).store_n(dz + i, rest);
+      exp_nonpos(V::load_n(z + i, rest) - shift).store_n(dz + i, rest);
     }
     const double sum = row_sum(dz, classes);
     const double excess = static_cast<double>(z[target]) - static_cast<double>(top);
