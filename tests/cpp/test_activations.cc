@@ -2,7 +2,8 @@
 // double. Prints the largest error in ULP, and where; fails above the promised 2.
 //
 // By default every 1021st float; `test_activations --full` takes all 2^32 of them (some minutes).
-// The figures in cells/activations.h are of the full sweep, and of 2^27 doubles (`--full` too).
+// The figures in cells/activations.h are those of the full sweep and 2^27 doubles with AVX2, and of
+// every 61st float and 2^18 doubles with SSE2.
 //
 // An error is counted in units in the last place of the true result, wherever that is a normal
 // number. Below, a kernel may give 0 (its flush mode) or come as near as it likes.
@@ -174,7 +175,7 @@ void sweep_floats(uint32_t stride, uint64_t bits) {
     check_points<F>(x.data(), kBlock, &worst, &hash);
   }
   report<F>(worst, hash);
-  if (kVecFuses && bits != 0) CHECK_EQ(hash, bits);
+  if (kVecFuses) CHECK_EQ(hash, bits);
 }
 
 // Doubles: of ordinary size, of every size, and around the points where the code or the result
@@ -216,7 +217,7 @@ void sample_doubles(int blocks, uint64_t bits) {
     check_points<F>(x.data(), kBlock, &worst, &hash);
   }
   report<F>(worst, hash);
-  if (kVecFuses && bits != 0) CHECK_EQ(hash, bits);
+  if (kVecFuses) CHECK_EQ(hash, bits);
 }
 
 template <class F, class V>
@@ -322,12 +323,12 @@ int main(int argc, char** argv) {
   // The hashes change only when the formulas or coefficients do.
   const uint32_t stride = full ? 1 : 1021;
   const int blocks = full ? 1 << 15 : 64;
-  sweep_floats<Sigmoid>(stride, full ? 0 : 0xebab3dcd67324e3du);
-  sweep_floats<Tanh>(stride, full ? 0 : 0x1a576bc63105baadu);
-  sweep_floats<Exp>(stride, full ? 0 : 0x8af03339e197f1fdu);
-  sample_doubles<Sigmoid>(blocks, full ? 0 : 0xd8fb8a53b995890fu);
-  sample_doubles<Tanh>(blocks, full ? 0 : 0xd3f6254eaa9e832bu);
-  sample_doubles<Exp>(blocks, full ? 0 : 0x94c42851211928a0u);
+  sweep_floats<Sigmoid>(stride, full ? 0x48b8534967262012u : 0xebab3dcd67324e3du);
+  sweep_floats<Tanh>(stride, full ? 0xb199e18d85827d45u : 0x1a576bc63105baadu);
+  sweep_floats<Exp>(stride, full ? 0x77eb87c51fb786d1u : 0x8af03339e197f1fdu);
+  sample_doubles<Sigmoid>(blocks, full ? 0x87c9311488eb12ddu : 0xd8fb8a53b995890fu);
+  sample_doubles<Tanh>(blocks, full ? 0x3e036c52b2229f4au : 0xd3f6254eaa9e832bu);
+  sample_doubles<Exp>(blocks, full ? 0x898c581a3b818bf5u : 0x94c42851211928a0u);
   test_special_values<Vec<float>>();
   test_special_values<Vec<double>>();
   test_special_values<Lane<float>>();
