@@ -1,9 +1,10 @@
-// sigmoid, tanh and relu on a vector of floats or doubles: branch-free, one division each, exact at
-// ±0 and ±Inf, NaN in NaN out, at most 2 ULP from the true result wherever that is a normal number
-// (the measured figures are at each function; tests/cpp/test_activations.cc checks them per ISA).
+// sigmoid, tanh and relu on a vector of floats or doubles, and exp for x <= 0: branch-free, at most
+// one division, exact at ±0 and ±Inf, NaN in NaN out, at most 2 ULP from the true result wherever
+// that is a normal number (the measured figures are at each function; tests/cpp/test_activations.cc
+// checks them per ISA).
 //
-// Both reduce their argument by multiples n of ln(2), so that what is left is a polynomial on a
-// short interval and a power of two, s = 2^n, made by integer shifts (pow2_from_magic). The
+// All but relu reduce their argument by multiples n of ln(2), so that what is left is a polynomial
+// on a short interval and a power of two, s = 2^n, made by integer shifts (pow2_from_magic). The
 // coefficients below are minimax fits (Remez exchange in 300-bit arithmetic, relative error of the
 // quantity named at each), rounded to T.
 #ifndef FASTRNN_CELLS_ACTIVATIONS_H_
@@ -94,13 +95,6 @@ struct ExpConstants<double> {
     return fnma(n, V::set(0.5 * kLn2Lo), fnma(n, V::set(0.5 * kLn2Hi), a));
   }
 };
-
-// e^r - 1 for |r| <= ln(2) / 2, to be scaled and added to a power of two: the error is that of e^r.
-template <class V>
-FASTRNN_HD FASTRNN_INLINE V expm1_reduced(V r) {
-  const V one = V::set(typename V::Scalar(1));
-  return fma(ExpConstants<typename V::Scalar>::expm1_over(r), r, one) - one;
-}
 
 // exp(x) for x <= 0: s e^r with x = n ln(2) + r. 0 where the result would be subnormal; at 0 it
 // is 1.
