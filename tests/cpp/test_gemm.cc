@@ -1,0 +1,266 @@
+// The microkernel against a scalar loop, bit for bit: every output element is one chain over k in a
+// fixed order, whatever the tile, so nothing but equal bits will do. Every count of rows and panels
+// that a tile takes, every k around multiples of W, misaligned operands; whatever lies around the
+// operands is NaN, so that a value read from outside shows, and around the results a sentinel.
+#include "cpu/gemm.h"
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/linear.h"
+#include "cpu/pack.h"
+
+namespace {
+
+using fastrnn::LinearArgs;
+using fastrnn::FASTRNN_ISA::blocks;
+using fastrnn::FASTRNN_ISA::kTileRows;
+using fastrnn::FASTRNN_ISA::kWidth;
+using fastrnn::FASTRNN_ISA::Left;
+using fastrnn::FASTRNN_ISA::linear;
+using fastrnn::FASTRNN_ISA::multiply;
+using fastrnn::FASTRNN_ISA::outer;
+using fastrnn::FASTRNN_ISA::outer_panel;
+using fastrnn::FASTRNN_ISA::panels_at_once;
+using fastrnn::FASTRNN_ISA::Right;
+using fastrnn::FASTRNN_ISA::sum_rows;
+using fastrnn::FASTRNN_ISA::to_bits;
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kVecFuses = true;
+#else
+constexpr bool kVecFuses = false;  // SSE2: the same chain with two roundings a link
+#endif
+
+constexpr int kSentinel = -77;
+
+// One link of a chain, as the ISA rounds it. The plain form must not be contracted: the build says
+// -ffp-contract=off.
+template <class T>
+T link(T a, T b, T c) {
+  return kVecFuses ? std::fma(a, b, c) : a * b + c;
+}
+
+template <class T>
+void check_bits(const std::vector<T>& got, const std::vector<T>& expected, const char* what) {
+  CHECK_EQ(got.size(), expected.size());
+  for (std::size_t i = 0; i < got.size(); ++i)
+    if (to_bits(got[i]) != to_bits(expected[i])) {
+      CHECK_EQ(std::string(what) + " at " + std::to_string(i) + ": " + std::to_string(got[i]),
+               std::to_string(expected[i]));
+    }
+  checks_made += static_cast<long>(got.size());
+}
+
+class Random {
+ public:
+  // In (-1, 1), with all mantissa bits in use, so that roundings differ wherever they can.
+  template <class T>
+  T next() {
+    return static_cast<T>(static_cast<double>(static_cast<int64_t>(engine_())) * 0x1p-63);
+  }
+  template <class T>
+  void fill(T* p, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = next<T>();
+  }
+
+ private:
+  std::mt19937_64 engine_{17};
+};
+
+template <class T>
+std::vector<T> filled(int64_t n, T value) {
+  return std::vector<T>(static_cast<std::size_t>(n), value);
+}
+
+// One product of `rows` × `panels`, k = ((groups - 1) * W + tail) * per_group; `shift` elements of
+// misalignment.
+template <class T>
+void check_multiply(int rows, int panels, int groups, int per_group, int tail, int shift,
+                    Random* random) {
+  constexpr int W = kWidth<T>;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
+  // Panels with one row before and two after the tile's, in an order that offset[] undoes.
+  const int64_t a_panel = (rows + 3) * W, a_group = (per_group + 1) * a_panel;
+  std::vector<T> a_memory = filled(groups * a_group + W + shift, nan);
+  Left<T> left = {a_memory.data() + W + shift, a_group, {0, 0, 0, 0}, per_group, groups, tail};
+  for (int q = 0; q < per_group; ++q) left.offset[q] = (per_group - 1 - q) * a_panel;
+
+  const int64_t w_group = per_group * W * W + W, w_panel = groups * w_group + 2 * W;
+  std::vector<T> w_memory = filled(panels * w_panel + shift, nan);
+  const Right<T> right = {w_memory.data() + shift, w_group, w_panel};
+
+  const auto a_at = [&](int g, int q, int r, int k) {
+    return a_memory.data() + W + shift + g * a_group + left.offset[q] + r * W + k;
+  };
+  const auto w_at = [&](int g, int q, int p, int k) {
+    return w_memory.data() + shift + g * w_group + q * W * W + p * w_panel + k * W;
+  };
+  for (int g = 0; g < groups; ++g)
+    for (int q = 0; q < per_group; ++q)
+      for (int k = 0; k < (g + 1 < groups ? W : tail); ++k) {
+        for (int r = 0; r < rows; ++r) *a_at(g, q, r, k) = random->next<T>();
+        for (int p = 0; p < panels; ++p) random->fill(w_at(g, q, p, k), W);
+      }
+
+  // Results far apart, with sentinels around each panel's rows.
+  const int64_t c_panel = (rows + 2) * W;
+  std::vector<T> c_memory = filled(panels * c_panel + shift, T(kSentinel));
+  T* c[4] = {nullptr, nullptr, nullptr, nullptr};
+  for (int p = 0; p < panels; ++p) {
+    c[p] = c_memory.data() + shift + p * c_panel + W;
+    random->fill(c[p], rows * W);
+  }
+  std::vector<T> expected = c_memory;
+  for (int p = 0; p < panels; ++p)
+    for (int r = 0; r < rows; ++r)
+      for (int lane = 0; lane < W; ++lane) {
+        T& sum = expected[static_cast<std::size_t>(shift + p * c_panel + (r + 1) * W + lane)];
+        for (int g = 0; g < groups; ++g)
+          for (int q = 0; q < per_group; ++q)
+            for (int k = 0; k < (g + 1 < groups ? W : tail); ++k)
+              sum = link(*a_at(g, q, r, k), w_at(g, q, p, k)[lane], sum);
+      }
+  multiply<T>(rows, panels, left, right, c);
+  check_bits(c_memory, expected, "multiply");
+}
+
+template <class T>
+void test_multiply() {
+  constexpr int W = kWidth<T>;
+  Random random;
+  for (int rows = 1; rows <= kTileRows; ++rows)
+    for (int panels = 1; panels <= panels_at_once(rows); ++panels) {
+      for (int groups = 1; groups <= 2; ++groups)
+        for (int tail = 1; tail <= W; ++tail)
+          check_multiply<T>(rows, panels, groups, 1, tail, tail % 2, &random);
+      for (int per_group = 2; per_group <= 4; ++per_group)
+        for (int tail : {1, W / 2 + 1, W - 1, W})
+          check_multiply<T>(rows, panels, 3, per_group, tail, 1, &random);
+    }
+}
+
+// c [W][W] += aᵀ b, k descending; columns of a past `lanes` are NaN and their rows of c untouched.
+template <class T>
+void test_outer_panel() {
+  constexpr int W = kWidth<T>;
+  Random random;
+  for (int rows : {0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64})
+    for (int lanes = 1; lanes <= W; ++lanes) {
+      const int shift = lanes % 2;
+      std::vector<T> a = filled(rows * W + shift, std::numeric_limits<T>::quiet_NaN());
+      std::vector<T> b(a), c = filled((W + 2) * W + shift, T(kSentinel));
+      T *const a0 = a.data() + shift, *const b0 = b.data() + shift,
+               *const c0 = c.data() + shift + W;
+      for (int k = 0; k < rows; ++k) random.fill(a0 + k * W, lanes);
+      random.fill(b0, rows * W);
+      random.fill(c0, lanes * W);
+      std::vector<T> expected = c;
+      for (int i = 0; i < lanes; ++i)
+        for (int j = 0; j < W; ++j) {
+          T& sum = expected[static_cast<std::size_t>(shift + (i + 1) * W + j)];
+          for (int k = rows - 1; k >= 0; --k) sum = link(a0[k * W + i], b0[k * W + j], sum);
+        }
+      outer_panel(a0, b0, rows, lanes, c0);
+      check_bits(c, expected, "outer_panel");
+    }
+}
+
+template <class T>
+void test_sum_rows() {
+  constexpr int W = kWidth<T>;
+  Random random;
+  for (int rows = 0; rows <= 20; ++rows)
+    for (int shift = 0; shift <= 2; ++shift) {
+      std::vector<T> a = filled(rows * W + shift, T(0)), sum = filled(3 * W + shift, T(kSentinel));
+      random.fill(a.data() + shift, rows * W);
+      random.fill(sum.data() + shift + W, W);
+      std::vector<T> expected = sum;
+      for (int j = 0; j < W; ++j)
+        for (int k = rows - 1; k >= 0; --k)
+          expected[static_cast<std::size_t>(shift + W + j)] +=
+              a[static_cast<std::size_t>(shift + k * W + j)];
+      sum_rows(a.data() + shift, rows, sum.data() + shift + W);
+      check_bits(sum, expected, "sum_rows");
+    }
+}
+
+// The linear layer: y = bias + Σ_k x w, k ascending, any range of rows; and its weight gradient.
+template <class T>
+void test_linear() {
+  constexpr int W = kWidth<T>;
+  Random random;
+  for (int in : {1, W - 1, W, 2 * W + 3})
+    for (int out : {1, W - 1, W, W + 1, 5 * W + 2})
+      for (int rows : {1, 2, 3, kTileRows, kTileRows + 1, 2 * kTileRows + 3}) {
+        const bool with_bias = rows % 2 == 0;
+        const int64_t stride_x = in + 2, stride_y = out + 3, panels = blocks(out, W);
+        std::vector<T> x = filled(rows * stride_x, std::numeric_limits<T>::quiet_NaN());
+        for (int r = 0; r < rows; ++r) random.fill(x.data() + r * stride_x, in);
+        std::vector<T> w = filled(panels * in * W, T(0)), bias = filled(panels * W, T(0));
+        random.fill(w.data(), panels * in * W);
+        random.fill(bias.data(), panels * W);
+        std::vector<T> y = filled(rows * stride_y, T(kSentinel)), expected = y;
+        const int r0 = rows > 2 ? 1 : 0;
+        for (int r = r0; r < rows; ++r)
+          for (int j = 0; j < out; ++j) {
+            T sum = with_bias ? bias[static_cast<std::size_t>(j)] : T(0);
+            for (int k = 0; k < in; ++k)
+              sum = link(x[static_cast<std::size_t>(r * stride_x + k)],
+                         w[static_cast<std::size_t>((j / W * in + k) * W + j % W)], sum);
+            expected[static_cast<std::size_t>(r * stride_y + j)] = sum;
+          }
+        std::vector<T> scratch = filled((blocks(in, W) + panels) * kTileRows * W, T(kSentinel));
+        const LinearArgs<T> args = {
+            rows,     in,      out, x.data(), stride_x, w.data(), with_bias ? bias.data() : nullptr,
+            y.data(), stride_y};
+        linear(args, r0, rows, scratch.data());
+        check_bits(y, expected, "linear");
+      }
+
+  const int64_t P = 3, K_blocks = 2, rows = 5, panel_rows = 7;
+  std::vector<T> dy = filled(P * panel_rows * W, T(0)), x = filled(K_blocks * panel_rows * W, T(0));
+  random.fill(dy.data(), P * panel_rows * W);
+  random.fill(x.data(), K_blocks * panel_rows * W);
+  for (const bool with_bias : {false, true}) {
+    std::vector<T> acc = filled(K_blocks * P * W * W, T(kSentinel)), expected = acc;
+    std::vector<T> dbias = filled(P * W, T(kSentinel)), expected_bias = dbias;
+    const auto at = [](int64_t i) { return static_cast<std::size_t>(i); };
+    for (int64_t p = 1; p < P; ++p)
+      for (int64_t lane = 0; lane < W; ++lane)
+        for (int64_t k = rows - 1; k >= 0; --k) {
+          const T d = dy[at((p * panel_rows + k) * W + lane)];
+          if (with_bias) expected_bias[at(p * W + lane)] += d;
+          for (int64_t b = 0; b < K_blocks; ++b)
+            for (int64_t j = 0; j < W; ++j) {
+              T& sum = expected[at(((b * P + p) * W + lane) * W + j)];
+              sum = link(d, x[at((b * panel_rows + k) * W + j)], sum);
+            }
+        }
+    outer(dy.data(), x.data(), rows, panel_rows, P, K_blocks, 1, P, acc.data(),
+          with_bias ? dbias.data() : nullptr);
+    check_bits(acc, expected, "outer");
+    check_bits(dbias, expected_bias, "outer's bias");
+  }
+}
+
+template <class T>
+void test_all() {
+  test_multiply<T>();
+  test_outer_panel<T>();
+  test_sum_rows<T>();
+  test_linear<T>();
+}
+
+}  // namespace
+
+int main() {
+  test_all<float>();
+  test_all<double>();
+  return check_report();
+}
