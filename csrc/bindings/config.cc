@@ -8,6 +8,7 @@
 
 #include "core/kernels.h"
 #include "core/threads.h"
+#include "cpu/stack.h"
 #include "dispatch.h"
 
 namespace py = pybind11;
@@ -63,6 +64,31 @@ py::dict compiled() {
   return result;
 }
 
+py::dict limits(const py::object& threads, int64_t bytes, double seconds,
+                const std::string& dtype) {
+  const int n = thread_count(threads);
+  if (bytes < 0 || bytes > int64_t{1} << 36) {
+    throw py::value_error("bytes: expected 0 to 2**36, got " + std::to_string(bytes));
+  }
+  if (!(seconds > 0 && seconds <= 10)) {
+    throw py::value_error("seconds: expected more than 0 and at most 10, got " +
+                          std::to_string(seconds));
+  }
+  if (dtype != "float32" && dtype != "float64") {
+    throw py::value_error("dtype: expected 'float32' or 'float64', got '" + dtype + "'");
+  }
+  Limits measured;
+  {
+    py::gil_scoped_release release;
+    measured = dtype == "float32" ? measure_limits<float>(n, bytes, seconds)
+                                  : measure_limits<double>(n, bytes, seconds);
+  }
+  py::dict result;
+  result["gflops"] = measured.gflops;
+  result["gbytes_per_s"] = measured.gbytes_per_s;
+  return result;
+}
+
 }  // namespace
 
 void register_config(py::module_& m) {
@@ -93,6 +119,13 @@ void register_config(py::module_& m) {
   m.def("compiled", &compiled,
         "How the extension was compiled: version, compiler, standard, pybind11, optimized, "
         "assertions.");
+  m.def("measure_limits", &limits, py::arg("threads"), py::arg("bytes") = 0,
+        py::arg("seconds") = 0.02, py::arg("dtype") = "float32",
+        "What this machine can do at most, measured for `seconds` each: a dict of gflops, fused\n"
+        "multiply-adds counted as two, and gbytes_per_s, read again and again from `bytes` bytes\n"
+        "of which each thread has its share (0 where bytes is 0).\n\n"
+        "At most get_num_threads() threads run at once. TypeError or ValueError for anything that\n"
+        "does not fit.");
 }
 
 }  // namespace fastrnn

@@ -43,6 +43,12 @@ struct Kernels {
                 int64_t p1, T* acc, T* dbias);
   // out[i] = f(in[i]) with f 0 sigmoid, 1 tanh: for the accuracy tests.
   void (*activation)(int f, const T* in, T* out, int64_t n);
+
+  // What the machine can do at most, for the benchmarks (cpu/limits.h). Multiply-adds that wait for nothing but the
+  // arithmetic units; returns the operations done. And a pass over p [n] that only reads, `repeats` times over; returns
+  // a sum that keeps the compiler from leaving it out.
+  double (*fma_peak)(int64_t iterations);
+  double (*read_memory)(const T* p, int64_t n, int64_t repeats);
 };
 
 struct KernelTable {

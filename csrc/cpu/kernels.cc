@@ -2,6 +2,7 @@
 // be inlined into, or shared with, code of another instruction set: only plain structs cross the border.
 #include "core/kernels.h"
 
+#include "cpu/limits.h"
 #include "cpu/linear.h"
 #include "cpu/sequence.h"
 #include "cpu/training.h"
@@ -55,6 +56,8 @@ Kernels<T> kernels() {
   k.linear = linear<T>;
   k.outer = outer<T>;
   k.activation = activation<T>;
+  k.fma_peak = fma_peak<T>;
+  k.read_memory = read_memory<T>;
   return k;
 }
 

@@ -149,6 +149,16 @@ template <class T>
 void linear_backward(const T* x, int64_t stride_x, const T* dy, int64_t stride_dy, int64_t rows, int64_t in, int64_t out,
                      const T* w, T* dx, T* dw, T* db, int threads, Interrupt* interrupt);
 
+// What the machine can do at most: the yardstick that benchmarks hold against our times.
+struct Limits {
+  double gflops;        // 1e9 additions and multiplications a second
+  double gbytes_per_s;  // read from `bytes` bytes that the threads share out; 0 when bytes is 0
+};
+
+// Measured for `seconds` each on `threads` threads (at most get_num_threads() of them run at once).
+template <class T>
+Limits measure_limits(int threads, int64_t bytes, double seconds);
+
 }  // namespace fastrnn
 
 #endif  // FASTRNN_CPU_STACK_H_

@@ -1,0 +1,67 @@
+// The two limits that no kernel can beat: how fast the arithmetic units multiply and add, and how
+// fast memory is read. Benchmarks measure them in the same run and on the same instruction set as
+// the kernels, and report our times as parts of them.
+#ifndef FASTRNN_CPU_LIMITS_H_
+#define FASTRNN_CPU_LIMITS_H_
+
+#include "cpu/vec.h"
+
+namespace fastrnn {
+namespace FASTRNN_ISA {
+
+// Enough independent chains to hide the latency of a multiply-add (4 to 5 cycles on 2 units), few
+// enough for 16 registers.
+constexpr int kLimitChains = 12;
+
+// Returns the operations done: a multiply-add is two.
+template <class T>
+double fma_peak(int64_t iterations) {
+  using V = Vec<T>;
+  V chain[kLimitChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kLimitChains; ++i) chain[i] = V::set(static_cast<T>(i));
+  const V a = V::set(static_cast<T>(0.999)),
+          b = V::set(static_cast<T>(1e-3));  // converges to 1: no subnormals
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kLimitChains; ++i) chain[i] = fma(chain[i], a, b);
+  }
+  V sum = V::zero();
+#pragma GCC unroll 12
+  for (int i = 0; i < kLimitChains; ++i) sum = sum + chain[i];
+  T lanes[V::N];
+  sum.store(lanes);
+  __asm__ volatile("" : : "r"(lanes) : "memory");  // as if somebody looked at the result
+  return 2.0 * kLimitChains * V::N * static_cast<double>(iterations);
+}
+
+// Reads p [n], n a multiple of 8 vectors, `repeats` times: a load and an addition a vector, as a
+// product with one row reads its weights. Returns the sum.
+template <class T>
+double read_memory(const T* p, int64_t n, int64_t repeats) {
+  using V = Vec<T>;
+  constexpr int kSums = 8;
+  V sum[kSums];
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i) sum[i] = V::zero();
+  for (int64_t r = 0; r < repeats; ++r) {
+    for (int64_t i = 0; i < n; i += kSums * V::N) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kSums; ++j) sum[j] = sum[j] + V::load(p + i + j * V::N);
+    }
+    __asm__ volatile("" : : "r"(p) : "memory");  // as if the memory changed between two passes
+  }
+  V total = V::zero();
+#pragma GCC unroll 8
+  for (int i = 0; i < kSums; ++i) total = total + sum[i];
+  T lanes[V::N];
+  total.store(lanes);
+  double result = 0;
+  for (int i = 0; i < V::N; ++i) result += static_cast<double>(lanes[i]);
+  return result;
+}
+
+}  // namespace FASTRNN_ISA
+}  // namespace fastrnn
+
+#endif  // FASTRNN_CPU_LIMITS_H_
