@@ -6,7 +6,10 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <unistd.h>
+
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -80,13 +83,22 @@ bool readable_in_place(const py::array& a) {
   return last < 0 || a.shape(last) <= 1 || a.strides(last) == static_cast<py::ssize_t>(sizeof(T));
 }
 
+// The array as one aligned C-contiguous block of T in native byte order; a copy where it is not one yet, or always with
+// kCopy. NumPy's MemoryError where there is no room for it.
+constexpr int kCopy = 0x0020;  // NPY_ARRAY_ENSURECOPY
+template <class T, int kFlags = 0>
+py::array_t<T> block(const py::array& a) {
+  constexpr int kBlock = py::array::c_style | py::array::forcecast | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  return py::array_t<T, kBlock | kFlags>(a);
+}
+
 // The same values, readable in place; a copy only where they are not yet.
 template <class T>
 py::array rows_of(const std::string& name, const py::handle& value) {
   py::array a = as_array(name, value);
   check_dtype<T>(name, a);
   if (readable_in_place<T>(a)) return a;
-  return py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(a);
+  return block<T>(a);
 }
 
 // The same values in one C-contiguous block.
@@ -95,9 +107,7 @@ py::array_t<T> dense(const std::string& name, const py::handle& value, const Sha
   py::array a = as_array(name, value);
   check_dtype<T>(name, a);
   check_shape(name, a, shape);
-  py::array_t<T> result = py::array_t<T, py::array::c_style | py::array::forcecast>::ensure(a);
-  if (!result) throw py::error_already_set();
-  return result;
+  return block<T>(a);
 }
 
 // An array to be written in place, exactly as it is.
@@ -115,14 +125,26 @@ T* writable(const std::string& name, const py::handle& value, const Shape& shape
   return static_cast<T*>(a.mutable_data());
 }
 
-// int64 values of an integer array of any width, C-contiguous. Values past int64 come out negative, and are refused with
-// the other negative ones where the range is checked.
-inline py::array_t<int64_t> integers(const std::string& name, const py::handle& value) {
+inline py::array integer_array(const std::string& name, const py::handle& value) {
   py::array a = as_array(name, value);
   const char kind = a.dtype().kind();
   const bool empty = a.size() == 0 && kind == 'f' && !py::isinstance<py::array>(value);  // an empty list
   if (kind != 'i' && kind != 'u' && !empty) type_mismatch(name, "integers", "an array of " + dtype_name(a));
-  return py::array_t<int64_t, py::array::c_style | py::array::forcecast>::ensure(a);
+  return a;
+}
+
+// int64 values of an integer array of any width, C-contiguous. Values past int64 come out negative, and are refused with
+// the other negative ones where the range is checked.
+inline py::array_t<int64_t> integers(const std::string& name, const py::handle& value) {
+  return block<int64_t>(integer_array(name, value));
+}
+
+// The same in a private copy: for values that the kernels index memory with, which nothing that another thread does to
+// the caller's array may change after they were checked.
+inline py::array_t<int64_t> private_integers(const std::string& name, const py::handle& value, const Shape& shape) {
+  const py::array a = integer_array(name, value);
+  check_shape(name, a, shape);
+  return block<int64_t, kCopy>(a);
 }
 
 // None or an integer from 1 to kMaxThreads.
@@ -140,25 +162,46 @@ inline int thread_count(const py::handle& value) {
   return static_cast<int>(n);
 }
 
+// The interpreter's lock, taken back by the thread that gave it up. A daemon thread that comes back while the interpreter
+// shuts down is ended by Python (before 3.14) by unwinding its stack, which C++ answers with abort(); it waits here for
+// the end of the process instead.
+inline void take_lock(PyThreadState* state) {
+  struct Wait {
+    bool unwinding = true;
+    ~Wait() {
+      while (unwinding) pause();
+    }
+  } wait;
+  PyEval_RestoreThread(state);
+  wait.unwinding = false;
+}
+
 // Runs f(interrupt) without the interpreter's lock; Ctrl-C is noticed while it runs and raised when it has stopped.
 template <class F>
 void without_lock(const F& f) {
+  PyThreadState* state = nullptr;
   Interrupt interrupt(
-      [](void*) {
-        const py::gil_scoped_acquire lock;
-        return PyErr_CheckSignals() != 0;
+      [](void* ctx) {
+        PyThreadState*& released = *static_cast<PyThreadState**>(ctx);
+        take_lock(released);
+        const bool stop = PyErr_CheckSignals() != 0;
+        released = PyEval_SaveThread();
+        return stop;
       },
-      nullptr);
+      &state);
   bool interrupted = false;
-  {
-    const py::gil_scoped_release unlock;
-    try {
-      f(&interrupt);
-    } catch (const Interrupted&) {
-      interrupted = true;
-    }
+  std::exception_ptr error;
+  state = PyEval_SaveThread();
+  try {
+    f(&interrupt);
+  } catch (const Interrupted&) {
+    interrupted = true;
+  } catch (...) {
+    error = std::current_exception();
   }
+  take_lock(state);
   if (interrupted) throw py::error_already_set();
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace fastrnn

@@ -14,8 +14,8 @@ void register_frozen(py::module_& m);
 namespace {
 
 // The parameters that were packed, by gate rows. The two biases were added when they were packed: their sum comes back
-// as bias_ih with bias_hh zero (the same bits when packed again), except for n of a GRU with the reset gate after the
-// product, which keeps both.
+// as bias_ih with bias_hh -0 (x + -0 has the bits of x, whatever x is), except for n of a GRU with the reset gate after
+// the product, which keeps both.
 template <class T>
 py::list unpack(const PackedStack<T>& stack) {
   const StackSpec& spec = stack.spec();
@@ -43,7 +43,7 @@ py::list unpack(const PackedStack<T>& stack) {
         const T* const lane = packed.bias + u / W * traits.slots * W + u % W;
         const bool apart = spec.kind == CellKind::kGruAfter && g == 2;
         in.mutable_data()[row] = lane[(apart ? 3 : g) * W];
-        hidden.mutable_data()[row] = apart ? lane[2 * W] : T(0);
+        hidden.mutable_data()[row] = apart ? lane[2 * W] : -T(0);
       }
       result.append(in);
       result.append(hidden);
@@ -164,19 +164,18 @@ class Stream {
     py::array rows;
     if (kind == 'i' || kind == 'u') {
       check_shape("x_t", a, {batch_});
-      py::array_t<int64_t> dense_ids = integers("x_t", a);
-      for (int64_t b = 0; b < batch_; ++b)
-        if (dense_ids.data()[b] < 0 || dense_ids.data()[b] >= spec_.I)
-          value_mismatch("x_t", "token ids from 0 to " + std::to_string(spec_.I - 1), std::to_string(dense_ids.data()[b]));
-      ids = dense_ids.data();
+      const py::array_t<int64_t> given = integers("x_t", a);
+      ids_.assign(given.data(), given.data() + batch_);  // a private copy: kernels index memory with it
+      for (int64_t id : ids_)
+        if (id < 0 || id >= spec_.I)
+          value_mismatch("x_t", "token ids from 0 to " + std::to_string(spec_.I - 1), std::to_string(id));
+      ids = ids_.data();
       stride = 1;
-      rows = dense_ids;
     } else {
       check_dtype<T>("x_t", a);
       if (a.ndim() != 2 || a.shape(0) != batch_ || a.shape(1) != spec_.I)
         value_mismatch("x_t", "shape " + text({batch_, spec_.I}), text(shape_of(a)));
-      rows = readable_in_place<T>(a) ? a : rows_of<T>("x_t", a);
-      if (!rows) throw py::error_already_set();
+      rows = rows_of<T>("x_t", a);
       values = static_cast<const T*>(rows.data());
       stride = rows.strides(0) / static_cast<py::ssize_t>(sizeof(T));
     }
@@ -192,10 +191,11 @@ class Stream {
       const char* const y_bytes = reinterpret_cast<const char*>(y_data);
       if (overlaps(a, y_bytes, bytes)) value_mismatch("out", "an array apart from x_t", "one that overlaps it");
     }
+    // Not interruptible: a step is done whole or not at all, so that all layers stand at the same time.
     if (short_) {
       stream.step(values, ids, stride, y_data, nullptr);
     } else {
-      without_lock([&](Interrupt* interrupt) { stream.step(values, ids, stride, y_data, interrupt); });
+      without_lock([&](Interrupt*) { stream.step(values, ids, stride, y_data, nullptr); });
     }
     return y;
   }
@@ -215,6 +215,7 @@ class Stream {
   int64_t batch_;
   bool has_cell_, short_ = false;
   StackSpec spec_ = {};
+  std::vector<int64_t> ids_;
   std::variant<std::unique_ptr<StackStream<float>>, std::unique_ptr<StackStream<double>>> stream_;
   std::atomic<bool> busy_{false};
 };

@@ -28,7 +28,6 @@ struct Rows {
 template <class T>
 Rows<T> rows(const std::string& name, const py::handle& value, int64_t columns) {
   py::array a = rows_of<T>(name, value);
-  if (!a) throw py::error_already_set();
   if (a.ndim() != 2 || a.shape(1) != columns)
     value_mismatch(name, "shape (rows, " + std::to_string(columns) + ")", text(shape_of(a)));
   return {a, static_cast<const T*>(a.data()), a.strides(0) / static_cast<py::ssize_t>(sizeof(T))};

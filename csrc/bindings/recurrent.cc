@@ -72,7 +72,8 @@ std::shared_ptr<const PackedStack<T>> pack(const StackSpec& spec, const std::vec
 
 Packed make_packed(const std::string& cell, int64_t input_size, int64_t hidden_size, int num_layers, int num_directions,
                    bool bias, const std::string& dtype, const std::vector<py::object>& weights, const py::object& threads) {
-  if (input_size < 1 || hidden_size < 1 || num_layers < 1 || num_directions < 1 || num_directions > 2)
+  if (input_size < 1 || hidden_size < 1 || num_layers < 1 || num_layers > INT32_MAX / 2 || num_directions < 1 ||
+      num_directions > 2)
     throw py::value_error("input_size, hidden_size, num_layers: expected at least 1, num_directions: expected 1 or 2");
   const StackSpec spec = {cell_kind(cell), input_size, hidden_size, num_layers, num_directions, bias};
   if (dtype == "float32") return {pack<float>(spec, weights, thread_count(threads))};
@@ -138,8 +139,7 @@ struct CallArguments {
   void read_lengths(const py::object& lengths, bool batched) {
     if (lengths.is_none()) return;
     if (!batched) value_mismatch("lengths", "None, since x has no batch axis", type_name(lengths));
-    lengths_ = integers("lengths", lengths);
-    check_shape("lengths", lengths_, {call.batch});
+    lengths_ = private_integers("lengths", lengths, {call.batch});
     for (int64_t b = 0; b < call.batch; ++b) {
       const int64_t n = lengths_.data()[b];
       if (n < 0 || n > call.steps)
@@ -160,7 +160,7 @@ struct CallArguments {
 
   void read_input(const py::array& a, const StackSpec& spec) {
     if (one_hot) {
-      py::array_t<int64_t> ids = integers("x", a);
+      const py::array_t<int64_t> ids = private_integers("x", a, shape_of(a));
       for (py::ssize_t i = 0; i < ids.size(); ++i)
         if (ids.data()[i] < 0 || ids.data()[i] >= spec.I)
           value_mismatch("x", "token ids from 0 to " + std::to_string(spec.I - 1), std::to_string(ids.data()[i]));
@@ -168,7 +168,6 @@ struct CallArguments {
       call.input.ids = ids.data();
     } else {
       x_ = rows_of<T>("x", a);
-      if (!x_) throw py::error_already_set();
       call.input.x = static_cast<const T*>(x_.data());
     }
     const py::ssize_t size = one_hot ? static_cast<py::ssize_t>(sizeof(int64_t)) : static_cast<py::ssize_t>(sizeof(T));
@@ -225,7 +224,6 @@ struct Tape {
       check_dtype<T>("dy", a);
       check_shape("dy", a, y_shape);
       dy_rows = rows_of<T>("dy", a);
-      if (!dy_rows) throw py::error_already_set();
       call.dy = static_cast<const T*>(dy_rows.data());
       call.dy_stride_t = dy_rows.strides(t_axis) / size;
       call.dy_stride_b = batched ? dy_rows.strides(b_axis) / size : 0;
@@ -256,10 +254,11 @@ struct Tape {
     call.dh0 = const_cast<T*>(initial.h_data());
     call.dc0 = const_cast<T*>(initial.c_data());
     if (consumed.exchange(true)) throw std::runtime_error("tape: expected one that was not used yet; backward consumes it");
+    std::unique_ptr<StackTape<T>> owned = std::move(stack_tape);  // under the lock: `nbytes` may look at the same time
     without_lock([&](Interrupt* interrupt) {
       call.interrupt = interrupt;
-      const std::unique_ptr<StackTape<T>> owned = std::move(stack_tape);  // freed here, whatever happens
-      owned->backward(call);
+      const std::unique_ptr<StackTape<T>> freed_here = std::move(owned);  // whatever happens
+      freed_here->backward(call);
     });
     return py::make_tuple(dx, state_object(initial, has_cell));
   }
