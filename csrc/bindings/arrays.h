@@ -1,5 +1,6 @@
-// NumPy → arguments: every array that a caller passes is checked and converted here, in one way, before anything large
-// is allocated and before anything is written. TypeError for types, ValueError for values: argument, expected, got.
+// NumPy → arguments: every array that a caller passes is checked and converted here, in one way,
+// before anything large is allocated and before anything is written. TypeError for types,
+// ValueError for values: argument, expected, got.
 #ifndef FASTRNN_BINDINGS_ARRAYS_H_
 #define FASTRNN_BINDINGS_ARRAYS_H_
 
@@ -33,10 +34,12 @@ inline Shape shape_of(const py::array& a) { return Shape(a.shape(), a.shape() + 
 
 inline std::string type_name(const py::handle& value) { return Py_TYPE(value.ptr())->tp_name; }
 
-[[noreturn]] inline void type_mismatch(const std::string& name, const std::string& expected, const std::string& got) {
+[[noreturn]] inline void type_mismatch(const std::string& name, const std::string& expected,
+                                       const std::string& got) {
   throw py::type_error(name + ": expected " + expected + ", got " + got);
 }
-[[noreturn]] inline void value_mismatch(const std::string& name, const std::string& expected, const std::string& got) {
+[[noreturn]] inline void value_mismatch(const std::string& name, const std::string& expected,
+                                        const std::string& got) {
   throw py::value_error(name + ": expected " + expected + ", got " + got);
 }
 
@@ -67,12 +70,14 @@ void check_dtype(const std::string& name, const py::array& a) {
   const py::dtype d = a.dtype();
   if (d.kind() == 'f' && d.itemsize() == static_cast<py::ssize_t>(sizeof(T))) return;
   const bool convertible = d.kind() == 'f' || d.kind() == 'i' || d.kind() == 'u';
-  type_mismatch(name, std::string("an array of ") + kTypeName<T>,
-                dtype_name(a) + (convertible ? std::string("; convert it with .astype('") + kTypeName<T> + "')" : ""));
+  type_mismatch(
+      name, std::string("an array of ") + kTypeName<T>,
+      dtype_name(a) +
+          (convertible ? std::string("; convert it with .astype('") + kTypeName<T> + "')" : ""));
 }
 
-// True if the memory can be read in place: native byte order, aligned, strides that are multiples of the element, and
-// the last axis contiguous.
+// True if the memory can be read in place: native byte order, aligned, strides that are multiples
+// of the element, and the last axis contiguous.
 template <class T>
 bool readable_in_place(const py::array& a) {
   if (a.dtype().byteorder() == (PY_BIG_ENDIAN ? '<' : '>')) return false;
@@ -83,12 +88,13 @@ bool readable_in_place(const py::array& a) {
   return last < 0 || a.shape(last) <= 1 || a.strides(last) == static_cast<py::ssize_t>(sizeof(T));
 }
 
-// The array as one aligned C-contiguous block of T in native byte order; a copy where it is not one yet, or always with
-// kCopy. NumPy's MemoryError where there is no room for it.
+// The array as one aligned C-contiguous block of T in native byte order; a copy where it is not one
+// yet, or always with kCopy. NumPy's MemoryError where there is no room for it.
 constexpr int kCopy = 0x0020;  // NPY_ARRAY_ENSURECOPY
 template <class T, int kFlags = 0>
 py::array_t<T> block(const py::array& a) {
-  constexpr int kBlock = py::array::c_style | py::array::forcecast | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  constexpr int kBlock =
+      py::array::c_style | py::array::forcecast | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   return py::array_t<T, kBlock | kFlags>(a);
 }
 
@@ -121,27 +127,31 @@ T* writable(const std::string& name, const py::handle& value, const Shape& shape
   const bool aligned = reinterpret_cast<uintptr_t>(a.data()) % alignof(T) == 0;
   if (!a.writeable()) value_mismatch(name, "a writable array", "a read-only one");
   if (!native || !aligned || !(a.flags() & py::array::c_style))
-    value_mismatch(name, "a C-contiguous array in native byte order", "one that is strided, misaligned or byte-swapped");
+    value_mismatch(name, "a C-contiguous array in native byte order",
+                   "one that is strided, misaligned or byte-swapped");
   return static_cast<T*>(a.mutable_data());
 }
 
 inline py::array integer_array(const std::string& name, const py::handle& value) {
   py::array a = as_array(name, value);
   const char kind = a.dtype().kind();
-  const bool empty = a.size() == 0 && kind == 'f' && !py::isinstance<py::array>(value);  // an empty list
-  if (kind != 'i' && kind != 'u' && !empty) type_mismatch(name, "integers", "an array of " + dtype_name(a));
+  const bool empty =
+      a.size() == 0 && kind == 'f' && !py::isinstance<py::array>(value);  // an empty list
+  if (kind != 'i' && kind != 'u' && !empty)
+    type_mismatch(name, "integers", "an array of " + dtype_name(a));
   return a;
 }
 
-// int64 values of an integer array of any width, C-contiguous. Values past int64 come out negative, and are refused with
-// the other negative ones where the range is checked.
+// int64 values of an integer array of any width, C-contiguous. Values past int64 come out negative,
+// and are refused with the other negative ones where the range is checked.
 inline py::array_t<int64_t> integers(const std::string& name, const py::handle& value) {
   return block<int64_t>(integer_array(name, value));
 }
 
-// The same in a private copy: for values that the kernels index memory with, which nothing that another thread does to
-// the caller's array may change after they were checked.
-inline py::array_t<int64_t> private_integers(const std::string& name, const py::handle& value, const Shape& shape) {
+// The same in a private copy: for values that the kernels index memory with, which nothing that
+// another thread does to the caller's array may change after they were checked.
+inline py::array_t<int64_t> private_integers(const std::string& name, const py::handle& value,
+                                             const Shape& shape) {
   const py::array a = integer_array(name, value);
   check_shape(name, a, shape);
   return block<int64_t, kCopy>(a);
@@ -152,7 +162,8 @@ inline int thread_count(const py::handle& value) {
   if (value.is_none()) return get_num_threads();
   const std::string expected = "None or an integer from 1 to " + std::to_string(kMaxThreads);
   const auto got = [&] { return std::string(py::repr(value)) + " (" + type_name(value) + ")"; };
-  if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr())) type_mismatch("threads", expected, got());
+  if (PyBool_Check(value.ptr()) || !PyIndex_Check(value.ptr()))
+    type_mismatch("threads", expected, got());
   const Py_ssize_t n = PyNumber_AsSsize_t(value.ptr(), nullptr);  // clips instead of overflowing
   if (PyErr_Occurred() != nullptr) {
     PyErr_Clear();
@@ -162,9 +173,9 @@ inline int thread_count(const py::handle& value) {
   return static_cast<int>(n);
 }
 
-// The interpreter's lock, taken back by the thread that gave it up. A daemon thread that comes back while the interpreter
-// shuts down is ended by Python (before 3.14) by unwinding its stack, which C++ answers with abort(); it waits here for
-// the end of the process instead.
+// The interpreter's lock, taken back by the thread that gave it up. A daemon thread that comes back
+// while the interpreter shuts down is ended by Python (before 3.14) by unwinding its stack, which
+// C++ answers with abort(); it waits here for the end of the process instead.
 inline void take_lock(PyThreadState* state) {
   struct Wait {
     bool unwinding = true;
@@ -176,7 +187,8 @@ inline void take_lock(PyThreadState* state) {
   wait.unwinding = false;
 }
 
-// Runs f(interrupt) without the interpreter's lock; Ctrl-C is noticed while it runs and raised when it has stopped.
+// Runs f(interrupt) without the interpreter's lock; Ctrl-C is noticed while it runs and raised when
+// it has stopped.
 template <class F>
 void without_lock(const F& f) {
   PyThreadState* state = nullptr;

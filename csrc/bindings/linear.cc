@@ -38,7 +38,8 @@ void check_matrix(const py::array& w) {
     value_mismatch("weight", "a matrix (out, in) with no empty axis", text(shape_of(w)));
 }
 
-py::object forward(const py::object& x, const py::object& weight, const py::object& bias, const py::object& threads) {
+py::object forward(const py::object& x, const py::object& weight, const py::object& bias,
+                   const py::object& threads) {
   const py::array w = as_array("weight", weight);
   check_matrix(w);
   return for_dtype("weight", w, [&](auto zero) -> py::object {
@@ -52,15 +53,16 @@ py::object forward(const py::object& x, const py::object& weight, const py::obje
     py::array_t<T> y(Shape{input.array.shape(0), out});
     T* const y_data = y.mutable_data();
     without_lock([&](Interrupt* interrupt) {
-      linear_forward(input.data, input.stride, input.array.shape(0), in, out, weights.data(), b ? b->data() : nullptr,
-                     y_data, n, interrupt);
+      linear_forward(input.data, input.stride, input.array.shape(0), in, out, weights.data(),
+                     b ? b->data() : nullptr, y_data, n, interrupt);
     });
     return y;
   });
 }
 
-py::object backward(const py::object& x, const py::object& weight, const py::object& dy, const py::object& dweight,
-                    const py::object& dbias, bool need_dx, const py::object& threads) {
+py::object backward(const py::object& x, const py::object& weight, const py::object& dy,
+                    const py::object& dweight, const py::object& dbias, bool need_dx,
+                    const py::object& threads) {
   const py::array w = as_array("weight", weight);
   check_matrix(w);
   return for_dtype("weight", w, [&](auto zero) -> py::object {
@@ -81,8 +83,8 @@ py::object backward(const py::object& x, const py::object& weight, const py::obj
       result = a;
     }
     without_lock([&](Interrupt* interrupt) {
-      linear_backward(input.data, input.stride, gradient.data, gradient.stride, count, in, out, weights.data(), dx, dw, db,
-                      n, interrupt);
+      linear_backward(input.data, input.stride, gradient.data, gradient.stride, count, in, out,
+                      weights.data(), dx, dw, db, n, interrupt);
     });
     return result;
   });
@@ -93,10 +95,13 @@ py::object backward(const py::object& x, const py::object& weight, const py::obj
 void register_linear(py::module_& m) {
   m.def("linear_forward", &forward, py::arg("x"), py::arg("weight"), py::arg("bias") = py::none(),
         py::arg("threads") = py::none(),
-        "x (rows, in), weight (out, in), bias (out) or None -> (rows, out). A row's bits do not depend on the others.");
-  m.def("linear_backward", &backward, py::arg("x"), py::arg("weight"), py::arg("dy"), py::arg("dweight"), py::arg("dbias"),
-        py::arg("need_dx") = true, py::arg("threads") = py::none(),
-        "Adds dy^T x to dweight and dy's column sums to dbias (each may be None); returns dy weight, or None.");
+        "x (rows, in), weight (out, in), bias (out) or None -> (rows, out). A row's bits do not "
+        "depend on the others.");
+  m.def("linear_backward", &backward, py::arg("x"), py::arg("weight"), py::arg("dy"),
+        py::arg("dweight"), py::arg("dbias"), py::arg("need_dx") = true,
+        py::arg("threads") = py::none(),
+        "Adds dy^T x to dweight and dy's column sums to dbias (each may be None); returns dy "
+        "weight, or None.");
 }
 
 }  // namespace fastrnn

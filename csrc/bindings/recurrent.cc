@@ -16,8 +16,9 @@ namespace {
 
 CellKind cell_kind(const std::string& name) {
   static const std::map<std::string, CellKind> kinds = {
-      {"rnn_tanh", CellKind::kRnnTanh}, {"rnn_relu", CellKind::kRnnRelu},   {"rnn_sigmoid", CellKind::kRnnSigmoid},
-      {"lstm", CellKind::kLstm},        {"gru_after", CellKind::kGruAfter}, {"gru_before", CellKind::kGruBefore}};
+      {"rnn_tanh", CellKind::kRnnTanh},       {"rnn_relu", CellKind::kRnnRelu},
+      {"rnn_sigmoid", CellKind::kRnnSigmoid}, {"lstm", CellKind::kLstm},
+      {"gru_after", CellKind::kGruAfter},     {"gru_before", CellKind::kGruBefore}};
   const auto found = kinds.find(name);
   if (found == kinds.end()) value_mismatch("cell", "a cell's name", "'" + name + "'");
   return found->second;
@@ -39,7 +40,8 @@ ParameterShapes parameter_shapes(const StackSpec& spec, int layer) {
 
 // Calls f(layer, direction, index of its first array, shapes) and checks the number of arrays.
 template <class F>
-void for_parameters(const StackSpec& spec, const std::string& name, const std::vector<py::object>& arrays, const F& f) {
+void for_parameters(const StackSpec& spec, const std::string& name,
+                    const std::vector<py::object>& arrays, const F& f) {
   const size_t per = spec.bias ? 4 : 2;
   const size_t expected = per * static_cast<size_t>(spec.count());
   if (arrays.size() != expected)
@@ -50,38 +52,47 @@ void for_parameters(const StackSpec& spec, const std::string& name, const std::v
 }
 
 template <class T>
-std::shared_ptr<const PackedStack<T>> pack(const StackSpec& spec, const std::vector<py::object>& arrays, int threads) {
+std::shared_ptr<const PackedStack<T>> pack(const StackSpec& spec,
+                                           const std::vector<py::object>& arrays, int threads) {
   std::vector<LayerWeights<T>> weights;
   std::vector<py::array_t<T>> keep;
-  for_parameters(spec, "weights", arrays, [&](int l, int d, size_t i, const ParameterShapes& shapes) {
-    const auto get = [&](const char* what, size_t offset, const Shape& shape) {
-      keep.push_back(dense<T>(parameter_name(what, l, d), arrays[i + offset], shape));
-      return keep.back().data();
-    };
-    LayerWeights<T> w = {get("weight_ih", 0, shapes.w_ih), get("weight_hh", 1, shapes.w_hh), nullptr, nullptr};
-    if (spec.bias) {
-      w.b_ih = get("bias_ih", 2, shapes.b);
-      w.b_hh = get("bias_hh", 3, shapes.b);
-    }
-    weights.push_back(w);
-  });
+  for_parameters(
+      spec, "weights", arrays, [&](int l, int d, size_t i, const ParameterShapes& shapes) {
+        const auto get = [&](const char* what, size_t offset, const Shape& shape) {
+          keep.push_back(dense<T>(parameter_name(what, l, d), arrays[i + offset], shape));
+          return keep.back().data();
+        };
+        LayerWeights<T> w = {get("weight_ih", 0, shapes.w_ih), get("weight_hh", 1, shapes.w_hh),
+                             nullptr, nullptr};
+        if (spec.bias) {
+          w.b_ih = get("bias_ih", 2, shapes.b);
+          w.b_hh = get("bias_hh", 3, shapes.b);
+        }
+        weights.push_back(w);
+      });
   std::shared_ptr<const PackedStack<T>> packed;
-  without_lock([&](Interrupt*) { packed = std::make_shared<PackedStack<T>>(spec, weights, threads); });
+  without_lock(
+      [&](Interrupt*) { packed = std::make_shared<PackedStack<T>>(spec, weights, threads); });
   return packed;
 }
 
-Packed make_packed(const std::string& cell, int64_t input_size, int64_t hidden_size, int num_layers, int num_directions,
-                   bool bias, const std::string& dtype, const std::vector<py::object>& weights, const py::object& threads) {
-  if (input_size < 1 || hidden_size < 1 || num_layers < 1 || num_layers > INT32_MAX / 2 || num_directions < 1 ||
-      num_directions > 2)
-    throw py::value_error("input_size, hidden_size, num_layers: expected at least 1, num_directions: expected 1 or 2");
-  const StackSpec spec = {cell_kind(cell), input_size, hidden_size, num_layers, num_directions, bias};
+Packed make_packed(const std::string& cell, int64_t input_size, int64_t hidden_size, int num_layers,
+                   int num_directions, bool bias, const std::string& dtype,
+                   const std::vector<py::object>& weights, const py::object& threads) {
+  if (input_size < 1 || hidden_size < 1 || num_layers < 1 || num_layers > INT32_MAX / 2 ||
+      num_directions < 1 || num_directions > 2)
+    throw py::value_error(
+        "input_size, hidden_size, num_layers: expected at least 1, num_directions: expected 1 or "
+        "2");
+  const StackSpec spec = {cell_kind(cell), input_size,     hidden_size,
+                          num_layers,      num_directions, bias};
   if (dtype == "float32") return {pack<float>(spec, weights, thread_count(threads))};
   if (dtype == "float64") return {pack<double>(spec, weights, thread_count(threads))};
   value_mismatch("dtype", "'float32' or 'float64'", "'" + dtype + "'");
 }
 
-// The arguments of a call, checked; owns every converted array that the pointers in `call` refer to.
+// The arguments of a call, checked; owns every converted array that the pointers in `call` refer
+// to.
 template <class T>
 struct CallArguments {
   StackCall<T> call = {};
@@ -90,8 +101,9 @@ struct CallArguments {
   Shape y_shape;
   bool one_hot = false;
 
-  CallArguments(const StackSpec& spec, const py::object& x, const py::object& state, const py::object& lengths,
-                const py::object& reset, bool batch_first, const py::object& threads) {
+  CallArguments(const StackSpec& spec, const py::object& x, const py::object& state,
+                const py::object& lengths, const py::object& reset, bool batch_first,
+                const py::object& threads) {
     py::array a = as_array("x", x);
     const char kind = a.dtype().kind();
     one_hot = kind == 'i' || kind == 'u';
@@ -100,9 +112,10 @@ struct CallArguments {
     const bool batched = a.ndim() == batched_dims;
     if (!batched && a.ndim() != batched_dims - 1) {
       const std::string order = batch_first ? "B, T" : "T, B";
-      value_mismatch("x", one_hot ? "integers of shape (" + order + "), or (T,) without a batch"
-                                  : "shape (" + order + ", " + std::to_string(spec.I) + "), or (T, " +
-                                        std::to_string(spec.I) + ") without a batch",
+      value_mismatch("x",
+                     one_hot ? "integers of shape (" + order + "), or (T,) without a batch"
+                             : "shape (" + order + ", " + std::to_string(spec.I) + "), or (T, " +
+                                   std::to_string(spec.I) + ") without a batch",
                      text(shape_of(a)));
     }
     if (!one_hot && a.shape(a.ndim() - 1) != spec.I)
@@ -111,7 +124,8 @@ struct CallArguments {
     b_axis_ = batched ? 1 - t_axis_ : -1;
     call.steps = a.shape(t_axis_);
     call.batch = batched ? a.shape(b_axis_) : 1;
-    if (call.batch > INT32_MAX) value_mismatch("x", "a batch below 2**31 rows", std::to_string(call.batch));
+    if (call.batch > INT32_MAX)
+      value_mismatch("x", "a batch below 2**31 rows", std::to_string(call.batch));
     call.threads = thread_count(threads);
 
     const py::ssize_t LD = spec.count();
@@ -143,7 +157,8 @@ struct CallArguments {
     for (int64_t b = 0; b < call.batch; ++b) {
       const int64_t n = lengths_.data()[b];
       if (n < 0 || n > call.steps)
-        value_mismatch("lengths", "values from 0 to " + std::to_string(call.steps) + " (the steps of x)",
+        value_mismatch("lengths",
+                       "values from 0 to " + std::to_string(call.steps) + " (the steps of x)",
                        std::to_string(n) + " at index " + std::to_string(b));
     }
     call.lengths = lengths_.data();
@@ -155,7 +170,8 @@ struct CallArguments {
     if (a.dtype().kind() != 'b') type_mismatch("reset", "an array of bool", dtype_name(a));
     check_shape("reset", a, Shape(x.shape(), x.shape() + (b_axis_ < 0 ? 1 : 2)));
     reset_ = a;
-    call.reset = {static_cast<const uint8_t*>(a.data()), a.strides(t_axis_), b_axis_ < 0 ? 0 : a.strides(b_axis_)};
+    call.reset = {static_cast<const uint8_t*>(a.data()), a.strides(t_axis_),
+                  b_axis_ < 0 ? 0 : a.strides(b_axis_)};
   }
 
   void read_input(const py::array& a, const StackSpec& spec) {
@@ -163,14 +179,16 @@ struct CallArguments {
       const py::array_t<int64_t> ids = private_integers("x", a, shape_of(a));
       for (py::ssize_t i = 0; i < ids.size(); ++i)
         if (ids.data()[i] < 0 || ids.data()[i] >= spec.I)
-          value_mismatch("x", "token ids from 0 to " + std::to_string(spec.I - 1), std::to_string(ids.data()[i]));
+          value_mismatch("x", "token ids from 0 to " + std::to_string(spec.I - 1),
+                         std::to_string(ids.data()[i]));
       x_ = ids;
       call.input.ids = ids.data();
     } else {
       x_ = rows_of<T>("x", a);
       call.input.x = static_cast<const T*>(x_.data());
     }
-    const py::ssize_t size = one_hot ? static_cast<py::ssize_t>(sizeof(int64_t)) : static_cast<py::ssize_t>(sizeof(T));
+    const py::ssize_t size =
+        one_hot ? static_cast<py::ssize_t>(sizeof(int64_t)) : static_cast<py::ssize_t>(sizeof(T));
     call.input.stride_t = x_.strides(t_axis_) / size;
     call.input.stride_b = b_axis_ < 0 ? 0 : x_.strides(b_axis_) / size;
   }
@@ -180,8 +198,9 @@ struct CallArguments {
   py::ssize_t t_axis_, b_axis_;  // of x; b_axis_ is -1 without a batch
 };
 
-py::tuple forward(const Packed& packed, const py::object& x, const py::object& state, const py::object& lengths,
-                  const py::object& reset, bool batch_first, const py::object& threads) {
+py::tuple forward(const Packed& packed, const py::object& x, const py::object& state,
+                  const py::object& lengths, const py::object& reset, bool batch_first,
+                  const py::object& threads) {
   return std::visit(
       [&](const auto& stack) -> py::tuple {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(stack->layer(0, 0).w_ih)>>;
@@ -195,7 +214,8 @@ py::tuple forward(const Packed& packed, const py::object& x, const py::object& s
       packed.stack);
 }
 
-// A tape of either dtype, and what its backward pass must know of the forward call. Used up by backward.
+// A tape of either dtype, and what its backward pass must know of the forward call. Used up by
+// backward.
 struct Tape {
   std::variant<std::unique_ptr<StackTape<float>>, std::unique_ptr<StackTape<double>>> tape;
   StackSpec spec;
@@ -203,15 +223,17 @@ struct Tape {
   bool one_hot, batch_first;
   std::atomic<bool> consumed{false};
 
-  py::tuple backward(const py::object& dy, const py::object& dstate, const std::vector<py::object>& into,
-                     const py::object& threads) {
+  py::tuple backward(const py::object& dy, const py::object& dstate,
+                     const std::vector<py::object>& into, const py::object& threads) {
     return std::visit([&](auto& t) { return run(t, dy, dstate, into, threads); }, tape);
   }
 
   template <class T>
-  py::tuple run(std::unique_ptr<StackTape<T>>& stack_tape, const py::object& dy, const py::object& dstate,
-                const std::vector<py::object>& into, const py::object& threads) {
-    if (consumed) throw std::runtime_error("tape: expected one that was not used yet; backward consumes it");
+  py::tuple run(std::unique_ptr<StackTape<T>>& stack_tape, const py::object& dy,
+                const py::object& dstate, const std::vector<py::object>& into,
+                const py::object& threads) {
+    if (consumed)
+      throw std::runtime_error("tape: expected one that was not used yet; backward consumes it");
     const bool has_cell = cell_traits(spec.kind).has_cell;
     BackwardCall<T> call = {};
     call.threads = thread_count(threads);
@@ -235,7 +257,8 @@ struct Tape {
       const auto get = [&](const char* what, size_t offset, const Shape& shape) {
         return writable<T>("into['" + parameter_name(what, l, d) + "']", into[i + offset], shape);
       };
-      LayerGradients<T> g = {get("weight_ih", 0, shapes.w_ih), get("weight_hh", 1, shapes.w_hh), nullptr, nullptr};
+      LayerGradients<T> g = {get("weight_ih", 0, shapes.w_ih), get("weight_hh", 1, shapes.w_hh),
+                             nullptr, nullptr};
       if (spec.bias) {
         g.b_ih = get("bias_ih", 2, shapes.b);
         g.b_hh = get("bias_hh", 3, shapes.b);
@@ -244,7 +267,8 @@ struct Tape {
     });
     py::object dx = py::none();
     if (!one_hot) {
-      py::array_t<T> zeros = py::module_::import("numpy").attr("zeros")(x_shape, py::dtype::of<T>());
+      py::array_t<T> zeros =
+          py::module_::import("numpy").attr("zeros")(x_shape, py::dtype::of<T>());
       call.dx = zeros.mutable_data();
       call.dx_stride_t = zeros.strides(t_axis) / size;
       call.dx_stride_b = batched ? zeros.strides(b_axis) / size : 0;
@@ -253,8 +277,10 @@ struct Tape {
     const States<T> initial = empty_states<T>(has_cell, state_shape);
     call.dh0 = const_cast<T*>(initial.h_data());
     call.dc0 = const_cast<T*>(initial.c_data());
-    if (consumed.exchange(true)) throw std::runtime_error("tape: expected one that was not used yet; backward consumes it");
-    std::unique_ptr<StackTape<T>> owned = std::move(stack_tape);  // under the lock: `nbytes` may look at the same time
+    if (consumed.exchange(true))
+      throw std::runtime_error("tape: expected one that was not used yet; backward consumes it");
+    std::unique_ptr<StackTape<T>> owned =
+        std::move(stack_tape);  // under the lock: `nbytes` may look at the same time
     without_lock([&](Interrupt* interrupt) {
       call.interrupt = interrupt;
       const std::unique_ptr<StackTape<T>> freed_here = std::move(owned);  // whatever happens
@@ -264,13 +290,15 @@ struct Tape {
   }
 };
 
-py::tuple forward_training(const Packed& packed, const py::object& x, const py::object& state, const py::object& lengths,
-                           const py::object& reset, bool batch_first, const py::object& threads, double dropout,
-                           uint64_t dropout_key, int64_t checkpoint_every) {
+py::tuple forward_training(const Packed& packed, const py::object& x, const py::object& state,
+                           const py::object& lengths, const py::object& reset, bool batch_first,
+                           const py::object& threads, double dropout, uint64_t dropout_key,
+                           int64_t checkpoint_every) {
   return std::visit(
       [&](const auto& stack) -> py::tuple {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(stack->layer(0, 0).w_ih)>>;
-        if (!(dropout >= 0 && dropout < 1)) value_mismatch("dropout", "a number in [0, 1)", std::to_string(dropout));
+        if (!(dropout >= 0 && dropout < 1))
+          value_mismatch("dropout", "a number in [0, 1)", std::to_string(dropout));
         CallArguments<T> args(stack->spec(), x, state, lengths, reset, batch_first, threads);
         args.call.dropout = dropout;
         args.call.dropout_key = dropout_key;
@@ -289,7 +317,8 @@ py::tuple forward_training(const Packed& packed, const py::object& x, const py::
         result->state_shape = shape_of(*args.final.h);
         result->one_hot = args.one_hot;
         result->batch_first = batch_first;
-        return py::make_tuple(args.y, state_object(args.final, packed.has_cell()), py::cast(std::move(result)));
+        return py::make_tuple(args.y, state_object(args.final, packed.has_cell()),
+                              py::cast(std::move(result)));
       },
       packed.stack);
 }
@@ -297,23 +326,30 @@ py::tuple forward_training(const Packed& packed, const py::object& x, const py::
 }  // namespace
 
 void register_recurrent(py::module_& m) {
-  py::class_<Packed>(m, "Packed", "A recurrent network's weights in the kernels' layout: a private, immutable copy.")
-      .def(py::init(&make_packed), py::arg("cell"), py::arg("input_size"), py::arg("hidden_size"), py::arg("num_layers"),
-           py::arg("num_directions"), py::arg("bias"), py::arg("dtype"), py::arg("weights"), py::arg("threads") = py::none(),
-           "weights: for each layer and direction weight_ih, weight_hh and, with bias, bias_ih, bias_hh.")
-      .def("forward", &forward, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("reset"), py::arg("batch_first"),
-           py::arg("threads"), "Inference: (y, state).")
-      .def("forward_training", &forward_training, py::arg("x"), py::arg("state"), py::arg("lengths"), py::arg("reset"),
-           py::arg("batch_first"), py::arg("threads"), py::arg("dropout"), py::arg("dropout_key"),
-           py::arg("checkpoint_every"), "(y, state, tape).");
+  py::class_<Packed>(
+      m, "Packed",
+      "A recurrent network's weights in the kernels' layout: a private, immutable copy.")
+      .def(py::init(&make_packed), py::arg("cell"), py::arg("input_size"), py::arg("hidden_size"),
+           py::arg("num_layers"), py::arg("num_directions"), py::arg("bias"), py::arg("dtype"),
+           py::arg("weights"), py::arg("threads") = py::none(),
+           "weights: for each layer and direction weight_ih, weight_hh and, with bias, bias_ih, "
+           "bias_hh.")
+      .def("forward", &forward, py::arg("x"), py::arg("state"), py::arg("lengths"),
+           py::arg("reset"), py::arg("batch_first"), py::arg("threads"), "Inference: (y, state).")
+      .def("forward_training", &forward_training, py::arg("x"), py::arg("state"),
+           py::arg("lengths"), py::arg("reset"), py::arg("batch_first"), py::arg("threads"),
+           py::arg("dropout"), py::arg("dropout_key"), py::arg("checkpoint_every"),
+           "(y, state, tape).");
   py::class_<Tape>(m, "Tape", "What a forward pass keeps for its backward pass, which uses it up.")
-      .def("backward", &Tape::backward, py::arg("dy"), py::arg("dstate"), py::arg("into"), py::arg("threads"),
+      .def("backward", &Tape::backward, py::arg("dy"), py::arg("dstate"), py::arg("into"),
+           py::arg("threads"),
            "Adds the parameters' gradients to `into` and returns (dx or None, dstate).")
       .def_property_readonly("consumed", [](const Tape& t) { return t.consumed.load(); })
       .def_property_readonly(
           "nbytes",
           [](const Tape& t) {
-            return std::visit([](const auto& tape) { return tape ? tape->bytes() : size_t{0}; }, t.tape);
+            return std::visit([](const auto& tape) { return tape ? tape->bytes() : size_t{0}; },
+                              t.tape);
           },
           "Bytes that the tape holds.");
 }

@@ -1,4 +1,5 @@
-// What recurrent.cc and frozen.cc share: packed weights of either dtype, and reading a call's arguments.
+// What recurrent.cc and frozen.cc share: packed weights of either dtype, and reading a call's
+// arguments.
 #ifndef FASTRNN_BINDINGS_RECURRENT_H_
 #define FASTRNN_BINDINGS_RECURRENT_H_
 
@@ -13,7 +14,9 @@ namespace fastrnn {
 
 // Packed weights of a network, float32 or float64.
 struct Packed {
-  std::variant<std::shared_ptr<const PackedStack<float>>, std::shared_ptr<const PackedStack<double>>> stack;
+  std::variant<std::shared_ptr<const PackedStack<float>>,
+               std::shared_ptr<const PackedStack<double>>>
+      stack;
 
   const StackSpec& spec() const {
     return std::visit([](const auto& s) -> const StackSpec& { return s->spec(); }, stack);
@@ -30,9 +33,11 @@ struct States {
   const T* c_data() const { return c ? c->data() : nullptr; }
 };
 
-// `value`: None, an array, or for an LSTM a pair of arrays, each of `shape`; None within a pair means zeros.
+// `value`: None, an array, or for an LSTM a pair of arrays, each of `shape`; None within a pair
+// means zeros.
 template <class T>
-States<T> read_states(const std::string& name, const py::handle& value, bool has_cell, const Shape& shape) {
+States<T> read_states(const std::string& name, const py::handle& value, bool has_cell,
+                      const Shape& shape) {
   States<T> states;
   if (value.is_none()) return states;
   if (!has_cell) {
@@ -42,7 +47,8 @@ States<T> read_states(const std::string& name, const py::handle& value, bool has
   if (!(py::isinstance<py::tuple>(value) || py::isinstance<py::list>(value)))
     type_mismatch(name, "a pair (h, c) of arrays", type_name(value));
   const py::sequence pair = py::reinterpret_borrow<py::sequence>(value);
-  if (pair.size() != 2) value_mismatch(name, "a pair (h, c) of arrays", std::to_string(pair.size()) + " items");
+  if (pair.size() != 2)
+    value_mismatch(name, "a pair (h, c) of arrays", std::to_string(pair.size()) + " items");
   const py::object h = pair[0], c = pair[1];
   if (!h.is_none()) states.h = dense<T>(name + "[0]", h, shape);
   if (!c.is_none()) states.c = dense<T>(name + "[1]", c, shape);

@@ -1,5 +1,5 @@
-// Dropout's mask as a pure function of a key and an element's index: the same on every device, for any number of
-// threads, and recomputed in back-propagation instead of being stored.
+// Dropout's mask as a pure function of a key and an element's index: the same on every device, for
+// any number of threads, and recomputed in back-propagation instead of being stored.
 #ifndef FASTRNN_CELLS_DROPOUT_H_
 #define FASTRNN_CELLS_DROPOUT_H_
 
@@ -10,7 +10,8 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// The finalizer of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words that passes as random.
+// The finalizer of SplitMix64 (Steele, Lea & Flood 2014): a bijection of 64-bit words that passes
+// as random.
 FASTRNN_HD FASTRNN_INLINE uint64_t splitmix64(uint64_t z) {
   z += 0x9E3779B97F4A7C15u;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;

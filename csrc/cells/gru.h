@@ -1,8 +1,9 @@
 // The GRU cell, in both of its forms: h' = (1-z)∘n + z∘h with r, z = σ(pre-activations) and
-//   reset after the product (cuDNN's and PyTorch's form):  n = tanh(W_in x + b_in + r∘(W_hn h + b_hn))
-//   reset before the product (Cho et al. 2014):            n = tanh(W_in x + b_in + b_hn + W_hn (r∘h))
-// See cells/rnn.h for the shape of a cell. The second form needs r before n's product, so it is computed in two
-// phases, forward and backward.
+//   reset after the product (cuDNN's and PyTorch's form):  n = tanh(W_in x + b_in + r∘(W_hn h +
+//   b_hn)) reset before the product (Cho et al. 2014):            n = tanh(W_in x + b_in + b_hn +
+//   W_hn (r∘h))
+// See cells/rnn.h for the shape of a cell. The second form needs r before n's product, so it is
+// computed in two phases, forward and backward.
 #ifndef FASTRNN_CELLS_GRU_H_
 #define FASTRNN_CELLS_GRU_H_
 
@@ -28,7 +29,8 @@ struct GruAfter {
   }
 
   template <class V>
-  static FASTRNN_HD FASTRNN_INLINE void backward(V (&s)[4], V h_prev, V /*c_prev*/, V& dh, V& /*dc*/) {
+  static FASTRNN_HD FASTRNN_INLINE void backward(V (&s)[4], V h_prev, V /*c_prev*/, V& dh,
+                                                 V& /*dc*/) {
     const V one = V::set(1);
     const V r = s[0], z = s[1], q = s[2], n = s[3];
     s[3] = dh * (one - z) * fnma(n, n, one);
@@ -64,7 +66,8 @@ struct GruBefore {
 
   // Phase 1: z, n and the direct path; s[0] still holds r.
   template <class V>
-  static FASTRNN_HD FASTRNN_INLINE void backward(V (&s)[3], V h_prev, V /*c_prev*/, V& dh, V& /*dc*/) {
+  static FASTRNN_HD FASTRNN_INLINE void backward(V (&s)[3], V h_prev, V /*c_prev*/, V& dh,
+                                                 V& /*dc*/) {
     const V one = V::set(1);
     const V z = s[1], n = s[2];
     s[2] = dh * (one - z) * fnma(n, n, one);

@@ -1,4 +1,5 @@
-// The LSTM cell (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins 2000):
+// The LSTM cell (Hochreiter & Schmidhuber 1997, with the forget gate of Gers, Schmidhuber & Cummins
+// 2000):
 //   i, f, o = σ(pre-activations), g = tanh(pre-activation), c' = f∘c + i∘g, h' = o∘tanh(c').
 // See cells/rnn.h for the shape of a cell.
 #ifndef FASTRNN_CELLS_LSTM_H_

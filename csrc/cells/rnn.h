@@ -1,8 +1,10 @@
-// The simple recurrent cell (Elman 1990): h' = f(W_ih x + b_ih + W_hh h + b_hh), f one of tanh, relu, sigmoid.
+// The simple recurrent cell (Elman 1990): h' = f(W_ih x + b_ih + W_hh h + b_hh), f one of tanh,
+// relu, sigmoid.
 //
-// A cell is a struct of static functions on a vector V of hidden units (or on one, cells/scalar.h). `s` holds what a
-// step keeps per unit, its slots: on entry the pre-activations, on return what backward needs. Derivatives are
-// written in terms of the activations' outputs, so that nothing else has to be kept.
+// A cell is a struct of static functions on a vector V of hidden units (or on one, cells/scalar.h).
+// `s` holds what a step keeps per unit, its slots: on entry the pre-activations, on return what
+// backward needs. Derivatives are written in terms of the activations' outputs, so that nothing
+// else has to be kept.
 #ifndef FASTRNN_CELLS_RNN_H_
 #define FASTRNN_CELLS_RNN_H_
 
@@ -58,9 +60,11 @@ struct Rnn {
     h = s[0] = F::value(s[0]);
   }
 
-  // dh in: the gradient of h'; out: what of it reaches h past the gates. s out: gradients of the pre-activations.
+  // dh in: the gradient of h'; out: what of it reaches h past the gates. s out: gradients of the
+  // pre-activations.
   template <class V>
-  static FASTRNN_HD FASTRNN_INLINE void backward(V (&s)[1], V /*h_prev*/, V /*c_prev*/, V& dh, V& /*dc*/) {
+  static FASTRNN_HD FASTRNN_INLINE void backward(V (&s)[1], V /*h_prev*/, V /*c_prev*/, V& dh,
+                                                 V& /*dc*/) {
     s[0] = F::times_slope(dh, s[0]);
     dh = V::zero();
   }

@@ -1,10 +1,12 @@
-// The arguments of the kernels: one plain struct per operation, nothing but sizes and pointers, so that the same
-// declaration serves every instruction set and every device. Whoever fills one owns the memory.
+// The arguments of the kernels: one plain struct per operation, nothing but sizes and pointers, so
+// that the same declaration serves every instruction set and every device. Whoever fills one owns
+// the memory.
 //
-// "Processing order": the kernels see the rows sorted by length, longest first, and the steps in the order in which
-// the recurrence visits them. Row j of the processing order is the caller's row order[j]; step k of row j is the
-// caller's step k, or length[j] - 1 - k in the reverse direction. Rows that have ended are a suffix, so step k
-// works on the rows 0 … active[k] - 1 and a ragged batch costs the sum of its lengths.
+// "Processing order": the kernels see the rows sorted by length, longest first, and the steps in
+// the order in which the recurrence visits them. Row j of the processing order is the caller's row
+// order[j]; step k of row j is the caller's step k, or length[j] - 1 - k in the reverse direction.
+// Rows that have ended are a suffix, so step k works on the rows 0 … active[k] - 1 and a ragged
+// batch costs the sum of its lengths.
 #ifndef FASTRNN_CORE_ARGS_H_
 #define FASTRNN_CORE_ARGS_H_
 
@@ -12,27 +14,43 @@
 
 namespace fastrnn {
 
-class Interrupt;
+struct Interrupt;
+class Team;
 
 // Called from the kernels every millisecond or so of work; true: stop and return. Never throws.
 bool interrupt_tick(Interrupt* interrupt);
 
-// Steps and rows in processing order, cut into chunks of steps. Rows of a chunk are numbered step after step;
-// chunk c has rows[c] of them, padded so that panels do not fall on the same cache sets.
-struct Schedule {
-  int64_t steps, batch;         // T (the longest length), B
-  const int32_t* order;         // (B)   row j → the caller's row
-  const int64_t* length;        // (B)   length of row j, descending
-  const int32_t* active;        // (T+1) rows at work in step k; active[T] = 0
-  int64_t chunks;               //
-  const int64_t* chunk_begin;   // (chunks+1) first step of a chunk
-  const int64_t* row_of_step;   // (T)   first row of step k within its chunk
-  const int64_t* rows;          // (chunks) rows of a chunk, padded
-  const int64_t* rows_before;   // (chunks+1) padded rows of all chunks before
-  int64_t max_rows;             // the largest of rows[]
+// Waits until every member of the team has arrived (core/team.h); true, for all of them: stop and
+// return.
+bool team_barrier(Team* team);
+
+// What one call of a kernel works on: rows j0 … j1 - 1 of the processing order and, where a team
+// shares few rows, the superblocks of hidden units that are member `rank`'s. Members meet once a
+// step.
+struct Share {
+  int64_t j0, j1;
+  int rank = 0, size = 1;
+  Team* team = nullptr;  // null: alone
 };
 
-// Inverted dropout on a layer's input: element e = (t*B + b)*features + j is kept when its hash says so.
+// Steps and rows in processing order, cut into chunks of steps. Rows of a chunk are numbered step
+// after step; chunk c has rows[c] of them, padded so that panels do not fall on the same cache
+// sets.
+struct Schedule {
+  int64_t steps, batch;        // T (the longest length), B
+  const int32_t* order;        // (B)   row j → the caller's row
+  const int64_t* length;       // (B)   length of row j, descending
+  const int32_t* active;       // (T+1) rows at work in step k; active[T] = 0
+  int64_t chunks;              //
+  const int64_t* chunk_begin;  // (chunks+1) first step of a chunk
+  const int64_t* row_of_step;  // (T)   first row of step k within its chunk
+  const int64_t* rows;         // (chunks) rows of a chunk, padded
+  const int64_t* rows_before;  // (chunks+1) padded rows of all chunks before
+  int64_t max_rows;            // the largest of rows[]
+};
+
+// Inverted dropout on a layer's input: element e = (t*B + b)*features + j is kept when its hash
+// says so.
 struct DropoutMask {
   uint64_t key;        // hash key of this layer
   uint64_t threshold;  // kept if (splitmix64(key + e) >> 11) >= threshold; 0: no dropout
@@ -47,7 +65,8 @@ struct PackedLayer {
   const T* bias;  // [S*slots][W] what a slot starts from: b_ih + b_hh, GRU's n apart
 };
 
-// The input of one layer: rows of features, or token ids that stand for one-hot rows. Strides in elements.
+// The input of one layer: rows of features, or token ids that stand for one-hot rows. Strides in
+// elements.
 template <class T>
 struct LayerInput {
   const T* x;          // (T, B, I), features contiguous; null if ids are given
@@ -70,16 +89,19 @@ struct ForwardArgs {
   LayerInput<T> input;
   ResetMask reset;
   PackedLayer<T> weights;
-  T* h;              // in: initial state, out: final state; blocked [S][state_rows][W], rows in processing order
-  T* c;              // the same for LSTM's c, else null
+  T* h;  // in: initial state, out: final state; blocked [S][state_rows][W], rows in processing
+         // order
+  T* c;  // the same for LSTM's c, else null
   int64_t state_rows;
-  T* y;              // out, or null: this direction's columns of (T, B, D*H); written up to each row's length
+  T* y;  // out, or null: this direction's columns of (T, B, D*H); written up to each row's length
   int64_t y_stride_t, y_stride_b;
-  // Tape, all or none null. Chunk c of each starts at rows_before[c] (less that of first_chunk) * panels * W.
-  T* gates;          // out [S*slots][rows][W]: pre-activations, then what the cell keeps
-  T* h_prev;         // out [S][rows][W]: the state that each step started from, resets applied
-  T* c_prev;         // the same for c
-  T* x_rows;         // out [ceil(I/W)][rows][W]: the input rows in processing order, dropout applied; null with ids
+  // Tape, all or none null. Chunk c of each starts at rows_before[c] (less that of first_chunk) *
+  // panels * W.
+  T* gates;   // out [S*slots][rows][W]: pre-activations, then what the cell keeps
+  T* h_prev;  // out [S][rows][W]: the state that each step started from, resets applied
+  T* c_prev;  // the same for c
+  T* x_rows;  // out [ceil(I/W)][rows][W]: the input rows in processing order, dropout applied; null
+              // with ids
   int64_t first_chunk;
   Interrupt* interrupt;
 };
@@ -91,24 +113,24 @@ struct BackwardArgs {
   const Schedule* schedule;
   LayerInput<T> input;  // ids and dropout only: the rows themselves are on the tape
   ResetMask reset;
-  const T* w_hh;        // [S][S*G*W][W]: row k of the product with dG, in dG's order of columns
-  const T* w_ih;        // [ceil(I/W)][S*G*W][W], or null
-  const T* dy;          // (T, B, D*H), this direction's columns, or null
+  const T* w_hh;  // [S][S*G*W][W]: row k of the product with dG, in dG's order of columns
+  const T* w_ih;  // [ceil(I/W)][S*G*W][W], or null
+  const T* dy;    // (T, B, D*H), this direction's columns, or null
   int64_t dy_stride_t, dy_stride_b;
-  T* dh;                // in: gradient of the final state, out: of the initial one; [S][state_rows][W]
+  T* dh;  // in: gradient of the final state, out: of the initial one; [S][state_rows][W]
   T* dc;
   int64_t state_rows;
-  T* gates;             // in: the tape; out: gradients of the pre-activations
-  T* h_prev;            // in, as the forward pass wrote them
+  T* gates;   // in: the tape; out: gradients of the pre-activations
+  T* h_prev;  // in, as the forward pass wrote them
   T* c_prev;
   T* x_rows;
   int64_t first_chunk;
-  T* rh;                // scratch [S][max_rows][W] for a two-phase cell: r * h_prev, what its n gate multiplied
-  T* dx;                // in/out, accumulated: (T, B, I); null if not wanted
+  T* rh;  // scratch [S][max_rows][W] for a two-phase cell: r * h_prev, what its n gate multiplied
+  T* dx;  // in/out, accumulated: (T, B, I); null if not wanted
   int64_t dx_stride_t, dx_stride_b;
-  T* dw_ih;             // in/out, accumulated: [ceil(I/W)][S*G*W][W]; with ids [S*G][I][W]
-  T* dw_hh;             // in/out, accumulated: [S][S*G*W][W]
-  T* dbias;             // in/out, accumulated: [S*slots][W]
+  T* dw_ih;  // in/out, accumulated: [ceil(I/W)][S*G*W][W]; with ids [S*G][I][W]
+  T* dw_hh;  // in/out, accumulated: [S][S*G*W][W]
+  T* dbias;  // in/out, accumulated: [S*slots][W]
   Interrupt* interrupt;
 };
 
@@ -116,11 +138,11 @@ struct BackwardArgs {
 template <class T>
 struct LinearArgs {
   int64_t rows, in, out;
-  const T* x;       // (rows, in), stride_x between rows
+  const T* x;  // (rows, in), stride_x between rows
   int64_t stride_x;
-  const T* w;       // forward: [ceil(out/W)][in][W]; backward of x: [ceil(in/W)][out padded to W][W]
-  const T* bias;    // [ceil(out/W)][W], or null
-  T* y;             // out: (rows, out), stride_y between rows
+  const T* w;     // forward: [ceil(out/W)][in][W]; backward of x: [ceil(in/W)][out padded to W][W]
+  const T* bias;  // [ceil(out/W)][W], or null
+  T* y;           // out: (rows, out), stride_y between rows
   int64_t stride_y;
 };
 

@@ -5,10 +5,11 @@
 //   W  panel width: the columns that the microkernel computes at once (two vectors of the ISA)
 //   S  superblocks of W hidden units, ceil(H / W)
 //
-// Blocked layout. Every matrix that a kernel touches, apart from the caller's own arrays, is stored as panels of W
-// columns: element (row, col) of an R-row matrix is at [col / W][row][col % W]. A row of a panel is one or two cache
-// lines, the distance between rows is the constant W, and the same bytes serve as the left operand (a row is
-// broadcast element by element) and as the right operand (a row is loaded as vectors) of a product.
+// Blocked layout. Every matrix that a kernel touches, apart from the caller's own arrays, is stored
+// as panels of W columns: element (row, col) of an R-row matrix is at [col / W][row][col % W]. A
+// row of a panel is one or two cache lines, the distance between rows is the constant W, and the
+// same bytes serve as the left operand (a row is broadcast element by element) and as the right
+// operand (a row is loaded as vectors) of a product.
 #ifndef FASTRNN_CORE_DIMS_H_
 #define FASTRNN_CORE_DIMS_H_
 

@@ -5,11 +5,13 @@
 
 namespace fastrnn {
 
-ScheduleBuilder::ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, int64_t chunk_rows, int64_t segment)
+ScheduleBuilder::ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, int64_t chunk_rows,
+                                 int64_t segment)
     : order_(static_cast<size_t>(B)), length_(static_cast<size_t>(B), T) {
   std::iota(order_.begin(), order_.end(), 0);
   if (lengths != nullptr) {
-    std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return lengths[a] > lengths[b]; });
+    std::stable_sort(order_.begin(), order_.end(),
+                     [&](int32_t a, int32_t b) { return lengths[a] > lengths[b]; });
     for (size_t j = 0; j < order_.size(); ++j) length_[j] = lengths[order_[j]];
   }
   const int64_t steps = B > 0 ? length_[0] : 0;
@@ -38,7 +40,8 @@ ScheduleBuilder::ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, i
     rows_.push_back(padded_rows(rows));
     rows_before_.push_back(rows_before_.back() + rows_.back());
     max_rows = std::max(max_rows, rows_.back());
-    if (end == steps || (segment > 0 && end % segment == 0)) segments_.push_back(static_cast<int64_t>(rows_.size()));
+    if (end == steps || (segment > 0 && end % segment == 0))
+      segments_.push_back(static_cast<int64_t>(rows_.size()));
   }
   schedule_ = {steps,
                B,
@@ -63,7 +66,8 @@ std::vector<int64_t> ScheduleBuilder::split_rows(int parts) const {
     // Row j goes to the part in which the middle of its work lies.
     sum += static_cast<double>(length_[static_cast<size_t>(j)]);
     const double middle = sum - static_cast<double>(length_[static_cast<size_t>(j)]) / 2;
-    while (static_cast<int>(cut.size()) < parts && middle >= total * static_cast<double>(cut.size()) / parts)
+    while (static_cast<int>(cut.size()) < parts &&
+           middle >= total * static_cast<double>(cut.size()) / parts)
       cut.push_back(j);
   }
   while (static_cast<int>(cut.size()) <= parts) cut.push_back(B);

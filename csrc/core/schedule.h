@@ -1,4 +1,5 @@
-// Builds a Schedule (core/args.h): who is at work in which step, and where its row lies in the chunk's slab.
+// Builds a Schedule (core/args.h): who is at work in which step, and where its row lies in the
+// chunk's slab.
 #ifndef FASTRNN_CORE_SCHEDULE_H_
 #define FASTRNN_CORE_SCHEDULE_H_
 
@@ -9,20 +10,23 @@
 
 namespace fastrnn {
 
-// Rows of a slab for n rows of data: a count that is no multiple of 8 keeps a slab's panels off each other's cache sets.
+// Rows of a slab for n rows of data: a count that is no multiple of 8 keeps a slab's panels off
+// each other's cache sets.
 inline int64_t padded_rows(int64_t n) { return n < 8 ? n : n + (7 - n % 8); }
 
 class ScheduleBuilder {
  public:
-  // T steps of B rows; `lengths` (B) or null for T everywhere; chunks of about `chunk_rows` rows; with segment > 0 no
-  // chunk crosses a multiple of `segment` steps. Throws std::bad_alloc.
-  ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, int64_t chunk_rows, int64_t segment = 0);
+  // T steps of B rows; `lengths` (B) or null for T everywhere; chunks of about `chunk_rows` rows;
+  // with segment > 0 no chunk crosses a multiple of `segment` steps. Throws std::bad_alloc.
+  ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, int64_t chunk_rows,
+                  int64_t segment = 0);
   ScheduleBuilder(const ScheduleBuilder&) = delete;
   ScheduleBuilder& operator=(const ScheduleBuilder&) = delete;
 
   const Schedule& get() const { return schedule_; }
 
-  // Row boundaries that give each of `parts` about the same sum of lengths: parts + 1 values from 0 to B.
+  // Row boundaries that give each of `parts` about the same sum of lengths: parts + 1 values from 0
+  // to B.
   std::vector<int64_t> split_rows(int parts) const;
 
   // First chunk of each segment, and chunks: segments + 1 values.

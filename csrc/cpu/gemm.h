@@ -1,11 +1,12 @@
-// The microkernel: a tile of up to kTileRows rows × NP panels of W = 2 vectors, accumulators in registers.
+// The microkernel: a tile of up to kTileRows rows × NP panels of W = 2 vectors, accumulators in
+// registers.
 //
-// Every output element is one chain of fused multiply-adds over k in increasing order, starting from what the output
-// held before: tile sizes, row counts and threads decide only where a chain is computed, never its order, and so
-// never its bits.
+// Every output element is one chain of fused multiply-adds over k in increasing order, starting
+// from what the output held before: tile sizes, row counts and threads decide only where a chain is
+// computed, never its order, and so never its bits.
 //
-// Both operands are in the blocked layout of core/dims.h, so that all distances inside the k loop are constants of
-// the compiled code: one base register serves all rows of the left operand.
+// Both operands are in the blocked layout of core/dims.h, so that all distances inside the k loop
+// are constants of the compiled code: one base register serves all rows of the left operand.
 #ifndef FASTRNN_CPU_GEMM_H_
 #define FASTRNN_CPU_GEMM_H_
 
@@ -15,21 +16,23 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// A lambda that a kernel's loop calls: always inlined, like everything between the loop and the tile.
+// A lambda that a kernel's loop calls: always inlined, like everything between the loop and the
+// tile.
 #define FASTRNN_INLINE_LAMBDA __attribute__((always_inline))
 
 template <class T>
 constexpr int kWidth = 2 * Vec<T>::N;  // W
 
-// 2 × rows accumulators, 2 vectors of weights and a broadcast fit the register file: 6 rows in 16 registers. With 32
-// registers, 8 rows leave the load ports enough slack; more rows gained nothing.
+// 2 × rows accumulators, 2 vectors of weights and a broadcast fit the register file: 6 rows in 16
+// registers. With 32 registers, 8 rows leave the load ports enough slack; more rows gained nothing.
 constexpr int kTileRows = kVectorRegisters >= 32 ? 8 : 6;
 
-// Panels at once for a tile of few rows, so that enough independent chains hide the latency of the multiply-add.
+// Panels at once for a tile of few rows, so that enough independent chains hide the latency of the
+// multiply-add.
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 
-// The left operand of a product over k: `groups` superblocks of `per_group` panels each. Rows are W apart; a panel
-// contributes W values of k, in the last group `tail`.
+// The left operand of a product over k: `groups` superblocks of `per_group` panels each. Rows are W
+// apart; a panel contributes W values of k, in the last group `tail`.
 template <class T>
 struct Left {
   const T* base;
@@ -40,7 +43,8 @@ struct Left {
   int tail;
 };
 
-// The right operand: panels of weights, k rows of W each. Group g's rows start g * group_stride further on.
+// The right operand: panels of weights, k rows of W each. Group g's rows start g * group_stride
+// further on.
 template <class T>
 struct Right {
   const T* base;
@@ -98,7 +102,8 @@ struct Tile {
 
 // c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights.
 template <class T, int ROWS, int NP>
-__attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>& right, T* const* c) {
+__attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>& right,
+                                             T* const* c) {
   constexpr int W = kWidth<T>;
   Tile<T, ROWS, NP> tile;
   tile.load(c);
@@ -117,7 +122,8 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
 
 // The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time.
 template <class T, int ROWS = kTileRows>
-FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Right<T>& right, T* const* c) {
+FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Right<T>& right,
+                             T* const* c) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) return multiply<T, ROWS - 1>(rows, panels, left, right, c);
   }
@@ -132,9 +138,10 @@ FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Ri
   multiply_tile<T, ROWS, 1>(left, right, c);
 }
 
-// c[r] += Σ_k a(k, r) · b(k), k from rows - 1 down to 0: columns of one panel against another panel, both k-major.
-// Descending, because back-propagation visits the steps from the last to the first: so a gradient is one chain over
-// all steps and does not depend on how they were cut into chunks.
+// c[r] += Σ_k a(k, r) · b(k), k from rows - 1 down to 0: columns of one panel against another
+// panel, both k-major. Descending, because back-propagation visits the steps from the last to the
+// first: so a gradient is one chain over all steps and does not depend on how they were cut into
+// chunks.
 template <class T, int ROWS>
 __attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t rows, T* c) {
   constexpr int W = kWidth<T>;

@@ -1,5 +1,6 @@
-// All kernels, compiled once per instruction set with that set's flags and namespace (cmake/isa.cmake). Nothing here may
-// be inlined into, or shared with, code of another instruction set: only plain structs cross the border.
+// All kernels, compiled once per instruction set with that set's flags and namespace
+// (cmake/isa.cmake). Nothing here may be inlined into, or shared with, code of another instruction
+// set: only plain structs cross the border.
 #include "core/kernels.h"
 
 #include "cpu/limits.h"
@@ -64,8 +65,9 @@ Kernels<T> kernels() {
 }  // namespace
 
 const KernelTable& kernel_table() {
-  static const KernelTable table = {FASTRNN_STRING(FASTRNN_ISA), kernels<float>(), kernels<double>(),
-                                    training_kernels<float>(), training_kernels<double>()};
+  static const KernelTable table = {FASTRNN_STRING(FASTRNN_ISA), kernels<float>(),
+                                    kernels<double>(), training_kernels<float>(),
+                                    training_kernels<double>()};
   return table;
 }
 

@@ -1,5 +1,5 @@
-// What the forward pass, the tape and the stream share: running one layer's directions over the thread pool, and moving
-// states between the caller's layout and the kernels'.
+// What the forward pass, the tape and the stream share: running one layer's directions over the
+// thread pool, and moving states between the caller's layout and the kernels'.
 #ifndef FASTRNN_CPU_LAYER_H_
 #define FASTRNN_CPU_LAYER_H_
 
@@ -11,6 +11,7 @@
 #include "core/checked.h"
 #include "core/memory.h"
 #include "core/schedule.h"
+#include "core/team.h"
 #include "core/threads.h"
 #include "cpu/plan.h"
 #include "cpu/stack.h"
@@ -37,6 +38,14 @@ Buffer make_buffer(int64_t rows, int64_t columns) {
   return Buffer(checked_mul(static_cast<size_t>(rows), static_cast<size_t>(columns), sizeof(T)));
 }
 
+// f(rank, team) on the members of a team.
+template <class F>
+void run_as_team(int members, Interrupt* interrupt, const F& f) {
+  run_team(
+      members, [](void* ctx, int rank, Team& team) { (*static_cast<const F*>(ctx))(rank, team); },
+      const_cast<void*>(static_cast<const void*>(&f)), interrupt);
+}
+
 // f(task) for tasks 0 … n - 1 on the pool.
 template <class F>
 void run_parallel(int n, Interrupt* interrupt, const F& f) {
@@ -49,26 +58,31 @@ void run_parallel(int n, Interrupt* interrupt, const F& f) {
 // Range `part` of n things cut into `parts`.
 inline int64_t cut(int64_t n, int parts, int part) { return n * part / parts; }
 
-// (L*D, B, H) state `index` → blocked [S][rows][W] in processing order; zeros where src is null or past H.
+// (L*D, B, H) state `index` → blocked [S][rows][W] in processing order; zeros where src is null or
+// past H.
 template <class T>
-void load_state(const T* src, int64_t index, const int32_t* order, int64_t B, int64_t H, int W, T* dst) {
+void load_state(const T* src, int64_t index, const int32_t* order, int64_t B, int64_t H, int W,
+                T* dst) {
   const int64_t S = ceil_div(H, W);
   std::memset(dst, 0, sizeof(T) * static_cast<size_t>(S * B * W));
   if (src == nullptr) return;
   for (int64_t j = 0; j < B; ++j) {
     const T* const row = src + (index * B + order[j]) * H;
     for (int64_t s = 0; s < S; ++s)
-      std::memcpy(dst + (s * B + j) * W, row + s * W, sizeof(T) * static_cast<size_t>(std::min<int64_t>(W, H - s * W)));
+      std::memcpy(dst + (s * B + j) * W, row + s * W,
+                  sizeof(T) * static_cast<size_t>(std::min<int64_t>(W, H - s * W)));
   }
 }
 
 template <class T>
-void store_state(const T* src, int64_t index, const int32_t* order, int64_t B, int64_t H, int W, T* dst) {
+void store_state(const T* src, int64_t index, const int32_t* order, int64_t B, int64_t H, int W,
+                 T* dst) {
   const int64_t S = ceil_div(H, W);
   for (int64_t j = 0; j < B; ++j) {
     T* const row = dst + (index * B + order[j]) * H;
     for (int64_t s = 0; s < S; ++s)
-      std::memcpy(row + s * W, src + (s * B + j) * W, sizeof(T) * static_cast<size_t>(std::min<int64_t>(W, H - s * W)));
+      std::memcpy(row + s * W, src + (s * B + j) * W,
+                  sizeof(T) * static_cast<size_t>(std::min<int64_t>(W, H - s * W)));
   }
 }
 
@@ -79,26 +93,41 @@ double layer_work(const ForwardArgs<T>& a, CellKind kind) {
   double rows = 0;
   for (int64_t j = 0; j < s.batch; ++j) rows += static_cast<double>(s.length[j]);
   const double inputs = a.input.ids != nullptr ? 1.0 : static_cast<double>(a.I);
-  return rows * cell_traits(kind).gates * static_cast<double>(a.H) * (inputs + static_cast<double>(a.H));
+  return rows * cell_traits(kind).gates * static_cast<double>(a.H) *
+         (inputs + static_cast<double>(a.H));
 }
 
-// The threads' shares of one layer: all directions × row parts, with the scratch they need.
+// How many threads share the hidden units of a layer, when its rows are too few to share.
+template <class T>
+int team_size(const Kernels<T>& kernels, CellKind kind, const Schedule& s, int64_t H,
+              int directions, int row_parts, int threads) {
+  if (directions > 1 || row_parts > 1) return 1;
+  const int64_t bytes = cell_traits(kind).gates * H * H * static_cast<int64_t>(sizeof(T));
+  return plan_team(threads, s.steps, s.batch, bytes, ceil_div(H, kernels.width));
+}
+
+// The threads' shares of one layer: all directions × row parts, or the members of a team, with the
+// scratch they need.
 template <class T>
 class LayerForward {
  public:
-  LayerForward(const Kernels<T>& kernels, CellKind kind, const std::vector<ForwardArgs<T>>& directions,
-               const ScheduleBuilder& schedule, int threads)
+  LayerForward(const Kernels<T>& kernels, CellKind kind,
+               const std::vector<ForwardArgs<T>>& directions, const ScheduleBuilder& schedule,
+               int threads)
       : kernels_(kernels), kind_(static_cast<int>(kind)), directions_(directions) {
     const int D = static_cast<int>(directions.size());
     const double work = layer_work(directions[0], kind) * D;
     parts_ = plan_row_parts(threads, D, schedule.get().batch, work);
     serial_ = plan_threads(threads, work) == 1;
+    const ForwardArgs<T>& first = directions[0];
+    team_ = team_size(kernels, kind, schedule.get(), first.H, D, parts_, threads);
     rows_ = schedule.split_rows(parts_);
     size_t total = 0;
     for (const ForwardArgs<T>& a : directions_)
       for (int part = 0; part < parts_; ++part) {
         offset_.push_back(total);
-        const int64_t n = kernels_.forward_scratch[kind_](a, rows_[static_cast<size_t>(part)], rows_[static_cast<size_t>(part) + 1]);
+        const int64_t n = kernels_.forward_scratch[kind_](a, rows_[static_cast<size_t>(part)],
+                                                          rows_[static_cast<size_t>(part) + 1]);
         total = checked_add(total, static_cast<size_t>(ceil_div(n, 64) * 64));
       }
     scratch_ = Buffer(checked_mul(total, sizeof(T)));
@@ -109,9 +138,17 @@ class LayerForward {
   void run(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
     const auto task = [&](int i) {
       const size_t part = static_cast<size_t>(i % parts_);
-      kernels_.forward[kind_](directions_[static_cast<size_t>(i / parts_)], chunk0, chunk1, rows_[part], rows_[part + 1],
+      kernels_.forward[kind_](directions_[static_cast<size_t>(i / parts_)], chunk0, chunk1,
+                              {rows_[part], rows_[part + 1]},
                               scratch_.template data<T>() + offset_[static_cast<size_t>(i)]);
     };
+    if (team_ > 1) {
+      return run_as_team(team_, interrupt, [&](int rank, Team& team) {
+        const Share share = {rows_[0], rows_[1], rank, team.size(),
+                             team.size() > 1 ? &team : nullptr};
+        kernels_.forward[kind_](directions_[0], chunk0, chunk1, share, scratch_.template data<T>());
+      });
+    }
     const int tasks = parts_ * static_cast<int>(directions_.size());
     if (serial_) {
       for (int i = 0; i < tasks; ++i) task(i);
@@ -125,14 +162,15 @@ class LayerForward {
   const Kernels<T>& kernels_;
   int kind_;
   std::vector<ForwardArgs<T>> directions_;
-  int parts_;
+  int parts_, team_;
   bool serial_;
   std::vector<int64_t> rows_;
   std::vector<size_t> offset_;
   Buffer scratch_;
 };
 
-// Threshold and scale of inverted dropout with probability p: an element whose 53-bit fraction u satisfies u >= p stays.
+// Threshold and scale of inverted dropout with probability p: an element whose 53-bit fraction u
+// satisfies u >= p stays.
 inline DropoutMask dropout_mask(double p, uint64_t layer_key) {
   if (p <= 0) return {0, 0, 1.0};
   return {layer_key, static_cast<uint64_t>(std::ceil(p * 9007199254740992.0)), 1.0 / (1.0 - p)};

@@ -1,4 +1,5 @@
-// Products without a recurrence: the linear layer's forward pass and its weight gradient, from the same tiles.
+// Products without a recurrence: the linear layer's forward pass and its weight gradient, from the
+// same tiles.
 #ifndef FASTRNN_CPU_LINEAR_H_
 #define FASTRNN_CPU_LINEAR_H_
 
@@ -11,7 +12,8 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// y rows r0 … r1 - 1, a tile of rows at a time through all panels. See core/kernels.h for the scratch.
+// y rows r0 … r1 - 1, a tile of rows at a time through all panels. See core/kernels.h for the
+// scratch.
 template <class T>
 void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
   constexpr int W = kWidth<T>;
@@ -20,8 +22,10 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
   for (int64_t r = r0; r < r1;) {
     const int64_t left = r1 - r, tiles = (left + kTileRows - 1) / kTileRows;
     const int m = static_cast<int>((left + tiles - 1) / tiles);
-    for (int i = 0; i < m; ++i) put_row(a.x + (r + i) * a.stride_x, a.in, int64_t{kTileRows} * W, scratch + i * W);
-    const Left<T> rows = {scratch, int64_t{kTileRows} * W, {0, 0, 0, 0}, 1, in, valid_lanes(a.in, in - 1, W)};
+    for (int i = 0; i < m; ++i)
+      put_row(a.x + (r + i) * a.stride_x, a.in, int64_t{kTileRows} * W, scratch + i * W);
+    const Left<T> rows = {scratch, int64_t{kTileRows} * W,      {0, 0, 0, 0}, 1,
+                          in,      valid_lanes(a.in, in - 1, W)};
     const int most = panels_at_once(m);
     for (int64_t p = 0; p < out; p += most) {
       const int together = static_cast<int>(out - p < most ? out - p : most);
@@ -47,12 +51,13 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
 }
 
 template <class T>
-void outer(const T* dy, const T* x, int64_t rows, int64_t panel_rows, int64_t P, int64_t K_blocks, int64_t p0, int64_t p1,
-           T* acc, T* dbias) {
+void outer(const T* dy, const T* x, int64_t rows, int64_t panel_rows, int64_t P, int64_t K_blocks,
+           int64_t p0, int64_t p1, T* acc, T* dbias) {
   constexpr int W = kWidth<T>;
   const int64_t stride = panel_rows * W;
   for (int64_t p = p0; p < p1; ++p) {
-    for (int64_t b = 0; b < K_blocks; ++b) outer_panel(dy + p * stride, x + b * stride, rows, W, acc + (b * P + p) * W * W);
+    for (int64_t b = 0; b < K_blocks; ++b)
+      outer_panel(dy + p * stride, x + b * stride, rows, W, acc + (b * P + p) * W * W);
     if (dbias != nullptr) sum_rows(dy + p * stride, rows, dbias + p * W);
   }
 }

@@ -1,5 +1,6 @@
-// Packing: the caller's row-major weights into the panels that the microkernel reads, and gradients back out.
-// The layouts are those of core/dims.h; panel p = s*G + g holds gate g of hidden units s*W … s*W + W - 1.
+// Packing: the caller's row-major weights into the panels that the microkernel reads, and gradients
+// back out. The layouts are those of core/dims.h; panel p = s*G + g holds gate g of hidden units
+// s*W … s*W + W - 1.
 #ifndef FASTRNN_CPU_PACK_H_
 #define FASTRNN_CPU_PACK_H_
 
@@ -23,7 +24,8 @@ FASTRNN_INLINE int valid_lanes(int64_t n, int64_t b, int w) {
 template <class T>
 void pack(const T* w, int64_t gates, int64_t H, int64_t K, int64_t panel0, int64_t panel1, T* out) {
   constexpr int W = kWidth<T>;
-  constexpr int64_t kBlock = 64;  // rows of k at once: W * kBlock elements stay in the first-level cache
+  constexpr int64_t kBlock =
+      64;  // rows of k at once: W * kBlock elements stay in the first-level cache
   for (int64_t p = panel0; p < panel1; ++p) {
     const int64_t s = p / gates, g = p % gates;
     const int lanes = valid_lanes(H, s, W);
@@ -39,9 +41,11 @@ void pack(const T* w, int64_t gates, int64_t H, int64_t K, int64_t panel0, int64
   }
 }
 
-// panels [P][K][W] → out [ceil(K/W)][P*W][W], blocks block0 … block1 - 1: row (p, lane) of block b holds k = b*W ….
+// panels [P][K][W] → out [ceil(K/W)][P*W][W], blocks block0 … block1 - 1: row (p, lane) of block b
+// holds k = b*W ….
 template <class T>
-void pack_transposed(const T* panels, int64_t P, int64_t K, int64_t block0, int64_t block1, T* out) {
+void pack_transposed(const T* panels, int64_t P, int64_t K, int64_t block0, int64_t block1,
+                     T* out) {
   constexpr int W = kWidth<T>;
   for (int64_t b = block0; b < block1; ++b) {
     const int n = valid_lanes(K, b, W);
@@ -96,7 +100,8 @@ FASTRNN_INLINE void put_row(const T* src, int64_t n, int64_t panel_stride, T* ds
 }
 
 template <class T>
-void gather(const T* x, int64_t stride_x, int64_t cols, int64_t r0, int64_t r1, int64_t panel_rows, T* out) {
+void gather(const T* x, int64_t stride_x, int64_t cols, int64_t r0, int64_t r1, int64_t panel_rows,
+            T* out) {
   constexpr int W = kWidth<T>;
   for (int64_t r = r0; r < r1; ++r) put_row(x + r * stride_x, cols, panel_rows * W, out + r * W);
 }

@@ -15,6 +15,25 @@ int plan_row_parts(int threads, int directions, int64_t B, double multiply_adds)
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(per_direction, B / 4)));
 }
 
+int plan_team(int threads, int64_t steps, int64_t rows, int64_t w_hh_bytes, int64_t superblocks) {
+  // A step alone: the weights come from the second-level cache at some 64 KB a µs, and are used
+  // `rows` times.
+  const double step_us =
+      static_cast<double>(w_hh_bytes) / 65536.0 * std::max(1.0, static_cast<double>(rows) / 3.0);
+  int best = 1;
+  double best_us = step_us;
+  for (int members = 2; members <= threads && members <= superblocks; ++members) {
+    const double largest = static_cast<double>((superblocks + members - 1) / members) /
+                           static_cast<double>(superblocks);
+    const double us = step_us * largest + 0.3 + 0.1 * members;
+    if (us < 0.9 * best_us) {
+      best = members;
+      best_us = us;
+    }
+  }
+  return (step_us - best_us) * static_cast<double>(steps) > 20.0 ? best : 1;
+}
+
 int64_t plan_chunk_rows(int64_t slab_columns, int element_size, bool training) {
   if (training) return 256;
   const int64_t fits = (int64_t{1} << 20) / std::max<int64_t>(1, slab_columns * element_size);

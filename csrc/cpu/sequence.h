@@ -1,13 +1,16 @@
-// One layer and direction over time: the forward loop and its reverse. Everything here works on a range of rows (or of
-// output panels) of one chunk of steps and knows nothing of threads; cpu/stack.cc hands out the ranges.
+// One layer and direction over time: the forward loop and its reverse. Everything here works on a
+// share of the rows, of the hidden units or of the output panels and knows of threads only that
+// members of a team wait for each other; cpu/layer.h and cpu/tape.cc hand out the shares.
 //
-// Forward, a chunk of steps at a time: gather the chunk's input rows, multiply them all with W_ih into the slab
-// `gates`, then step by step add h W_hhᵀ in place and let the cell turn pre-activations into what it keeps.
-// In training the slab lives on the tape, so nothing is copied; in inference it is scratch and stays in cache.
+// Forward, a chunk of steps at a time: gather the chunk's input rows, multiply them all with W_ih
+// into the slab `gates`, then step by step add h W_hhᵀ in place and let the cell turn
+// pre-activations into what it keeps. In training the slab lives on the tape, so nothing is copied;
+// in inference it is scratch and stays in cache.
 //
-// Backward, from the last chunk to the first: the cell turns the slab into gradients of the pre-activations, again in
-// place, and dG W_hh carries them to the step before. What does not depend on the recurrence (gradients of weights,
-// biases and inputs) is a large product per chunk, done while the slab is in cache.
+// Backward, from the last chunk to the first: the cell turns the slab into gradients of the
+// pre-activations, again in place, and dG W_hh carries them to the step before. What does not
+// depend on the recurrence (gradients of weights, biases and inputs) is a large product per chunk,
+// done while the slab is in cache.
 #ifndef FASTRNN_CPU_SEQUENCE_H_
 #define FASTRNN_CPU_SEQUENCE_H_
 
@@ -39,7 +42,8 @@ FASTRNN_INLINE int64_t rows_at(const Schedule& s, int64_t k, int64_t j0, int64_t
   return n > 0 ? n : 0;
 }
 
-// reset[t] marks the boundary between t - 1 and t, which the reverse direction crosses before it visits t - 1.
+// reset[t] marks the boundary between t - 1 and t, which the reverse direction crosses before it
+// visits t - 1.
 template <class Args>
 FASTRNN_INLINE bool starts_afresh(const Args& a, int64_t k, int64_t j) {
   const Place at = place(*a.schedule, a.reverse, k, j);
@@ -54,7 +58,8 @@ FASTRNN_INLINE int tile_rows(int64_t left) {
   return static_cast<int>((left + tiles - 1) / tiles);
 }
 
-// Distance between panels of scratch: a count that is no multiple of 8 keeps panels off each other's cache sets.
+// Distance between panels of scratch: a count that is no multiple of 8 keeps panels off each
+// other's cache sets.
 FASTRNN_INLINE int64_t spread_rows(int64_t rows) { return rows < 8 ? rows : rows + (7 - rows % 8); }
 
 // A blocked matrix: panels `stride` elements apart.
@@ -62,7 +67,9 @@ template <class T>
 struct Panels {
   T* base;
   int64_t stride;
-  FASTRNN_INLINE T* at(int64_t panel, int64_t row) const { return base + panel * stride + row * kWidth<T>; }
+  FASTRNN_INLINE T* at(int64_t panel, int64_t row) const {
+    return base + panel * stride + row * kWidth<T>;
+  }
 };
 
 // A product's left operand: rows from `row` on of a state matrix (S panels).
@@ -75,26 +82,38 @@ FASTRNN_INLINE Left<T> state_rows(const Panels<T>& m, int64_t row, int64_t cols)
 
 // The same for gradients of the pre-activations: gates `g0` … `g0 + count - 1` of every superblock.
 template <class Cell, class T>
-FASTRNN_INLINE Left<T> gate_rows(const Panels<T>& gates, int64_t row, int64_t H, const int (&slot)[Cell::kGates], int g0,
-                                 int count) {
+FASTRNN_INLINE Left<T> gate_rows(const Panels<T>& gates, int64_t row, int64_t H,
+                                 const int (&slot)[Cell::kGates], int g0, int count) {
   constexpr int W = kWidth<T>;
   const int64_t S = blocks(H, W);
-  Left<T> left = {gates.at(0, row), Cell::kSlots * gates.stride, {0, 0, 0, 0}, count, S, valid_lanes(H, S - 1, W)};
+  Left<T> left = {gates.at(0, row),        Cell::kSlots * gates.stride, {0, 0, 0, 0}, count, S,
+                  valid_lanes(H, S - 1, W)};
   for (int g = 0; g < count; ++g) left.offset[g] = slot[g0 + g] * gates.stride;
   return left;
 }
 
-template <class T>
-FASTRNN_INLINE void zero_row(const Panels<T>& m, int64_t panels, int64_t row) {
-  for (int64_t s = 0; s < panels; ++s) memset(m.at(s, row), 0, sizeof(T) * kWidth<T>);
+// The superblocks first … end - 1 of a share.
+struct Blocks {
+  int64_t first, end;
+};
+
+FASTRNN_INLINE Blocks blocks_of(const Share& share, int64_t S) {
+  return {S * share.rank / share.size, S * (share.rank + 1) / share.size};
 }
 
 template <class T>
-FASTRNN_INLINE void copy_rows(const Panels<T>& from, int64_t row_from, const Panels<T>& to, int64_t row_to, int64_t rows,
-                              int64_t panels) {
+FASTRNN_INLINE void zero_row(const Panels<T>& m, const Blocks& panels, int64_t row) {
+  for (int64_t s = panels.first; s < panels.end; ++s)
+    memset(m.at(s, row), 0, sizeof(T) * kWidth<T>);
+}
+
+template <class T>
+FASTRNN_INLINE void copy_rows(const Panels<T>& from, int64_t row_from, const Panels<T>& to,
+                              int64_t row_to, int64_t rows, const Blocks& panels) {
   if (rows <= 0) return;
-  for (int64_t s = 0; s < panels; ++s)
-    memcpy(to.at(s, row_to), from.at(s, row_from), sizeof(T) * static_cast<size_t>(rows * kWidth<T>));
+  for (int64_t s = panels.first; s < panels.end; ++s)
+    memcpy(to.at(s, row_to), from.at(s, row_from),
+           sizeof(T) * static_cast<size_t>(rows * kWidth<T>));
 }
 
 // Asks now and then whether the caller wants to stop: about once per 2^25 multiply-adds.
@@ -107,13 +126,19 @@ class Ticker {
     work_ = 0;
     return interrupt_tick(interrupt_);
   }
+  // The end of a step: a team's members meet, and stop together or not at all.
+  FASTRNN_INLINE bool stop(int64_t multiply_adds, Team* team) {
+    const bool stop_now = stop(multiply_adds);
+    return team != nullptr ? team_barrier(team) : stop_now;
+  }
 
  private:
   Interrupt* interrupt_;
   int64_t work_ = 0;
 };
 
-// ---------------------------------------------------------------------------------------------------- forward
+// ----------------------------------------------------------------------------------------------------
+// forward
 
 template <class Cell, class T>
 class Forward {
@@ -122,10 +147,18 @@ class Forward {
   static constexpr int G = Cell::kGates;
 
  public:
-  Forward(const ForwardArgs<T>& args, int64_t j0, int64_t j1)
-      : a_(args), s_(*args.schedule), S_(blocks(args.H, W)), X_(blocks(args.I, W)), j0_(j0), j1_(j1) {}
+  Forward(const ForwardArgs<T>& args, const Share& share)
+      : a_(args),
+        s_(*args.schedule),
+        S_(blocks(args.H, W)),
+        X_(blocks(args.I, W)),
+        j0_(share.j0),
+        j1_(share.j1),
+        share_(share),
+        mine_(blocks_of(share, S_)) {}
 
-  // Scratch in elements: the second half of the double buffer for h, r∘h, and in inference the slabs.
+  // Scratch in elements: the second half of the double buffer for h, r∘h, and in inference the
+  // slabs.
   int64_t scratch() const {
     int64_t n = (Cell::kTwoPhase ? 2 : 1) * S_ * spread_rows(j1_ - j0_);
     if (a_.gates == nullptr) n += (S_ * Cell::kSlots + X_) * spread_rows(most_rows());
@@ -135,7 +168,7 @@ class Forward {
   void run(int64_t chunk0, int64_t chunk1, T* scratch) {
     const int64_t nb = spread_rows(j1_ - j0_);
     const Panels<T> home = {a_.h + j0_ * W, a_.state_rows * W};
-    Panels<T> cur = home, next = {scratch, nb * W};
+    Panels<T> cur = home, next = {scratch, nb * W};  // swapped after every step
     scratch += S_ * nb * W;
     rh_ = {scratch, nb * W};
     if (Cell::kTwoPhase) scratch += S_ * nb * W;
@@ -158,29 +191,34 @@ class Forward {
       }
       if (rows_at(s_, k, j0_, j1_) == 0) break;
       gather_inputs(k, end);
+      if (share_.team != nullptr && team_barrier(share_.team)) return;
       project_inputs(k, end);
       for (int64_t row = 0; k < end; ++k) {
         const int64_t n = rows_at(s_, k, j0_, j1_);
         if (n == 0) break;
         if (a_.gates != nullptr) row = s_.row_of_step[k] + j0_;
-        if (a_.reset.data != nullptr) apply_resets(k, n, cur);
+        if (a_.reset.data != nullptr) {
+          apply_resets(k, n, cur);
+          if (share_.team != nullptr && team_barrier(share_.team)) return;
+        }
         if (a_.gates != nullptr) {
-          copy_rows(cur, 0, h_prev_, row, n, S_);
-          if (Cell::kHasCell) copy_rows(c_, 0, c_prev_, row, n, S_);
+          copy_rows(cur, 0, h_prev_, row, n, mine_);
+          if (Cell::kHasCell) copy_rows(c_, 0, c_prev_, row, n, mine_);
           step<true>(k, row, n, cur, next);
         } else {
           step<false>(k, row, n, cur, next);
         }
-        const int64_t go_on = rows_at(s_, k + 1, j0_, j1_);  // rows that end here leave their state in a_.h
-        if (next.base != home.base) copy_rows(next, go_on, home, go_on, n - go_on, S_);
+        if (ticker.stop(n * G * a_.H * (a_.H + a_.I), share_.team)) return;
+        const int64_t go_on =
+            rows_at(s_, k + 1, j0_, j1_);  // rows that end here leave their state in a_.h
+        if (next.base != home.base) copy_rows(next, go_on, home, go_on, n - go_on, mine_);
         const Panels<T> swap = cur;
         cur = next;
         next = swap;
         row += n;
-        if (ticker.stop(n * G * a_.H * (a_.H + a_.I))) return;
       }
     }
-    if (cur.base != home.base) copy_rows(cur, 0, home, 0, rows_at(s_, k, j0_, j1_), S_);
+    if (cur.base != home.base) copy_rows(cur, 0, home, 0, rows_at(s_, k, j0_, j1_), mine_);
   }
 
  private:
@@ -188,7 +226,8 @@ class Forward {
   int64_t most_rows() const {
     int64_t most = 0;
     for (int64_t c = 0; c < s_.chunks; ++c) {
-      const int64_t bound = (s_.chunk_begin[c + 1] - s_.chunk_begin[c]) * rows_at(s_, s_.chunk_begin[c], j0_, j1_);
+      const int64_t bound =
+          (s_.chunk_begin[c + 1] - s_.chunk_begin[c]) * rows_at(s_, s_.chunk_begin[c], j0_, j1_);
       most = bound > most ? bound : most;
     }
     return most;
@@ -206,16 +245,25 @@ class Forward {
     }
   }
 
-  void gather_inputs(int64_t k, int64_t end) const {
+  // A team's members gather a part of the steps each.
+  void gather_inputs(int64_t k, int64_t chunk_end) const {
     if (a_.input.ids != nullptr) return;
     const LayerInput<T>& in = a_.input;
+    const int64_t steps = chunk_end - k;
+    const int64_t first = k + steps * share_.rank / share_.size,
+                  end = k + steps * (share_.rank + 1) / share_.size;
     for (int64_t row = 0; k < end; ++k) {
       const int64_t n = rows_at(s_, k, j0_, j1_);
       if (a_.gates != nullptr) row = s_.row_of_step[k] + j0_;
+      if (k < first) {
+        row += n;
+        continue;
+      }
       for (int64_t j = 0; j < n; ++j, ++row) {
         const Place at = place(s_, a_.reverse, k, j0_ + j);
         put_row(in.x + at.t * in.stride_t + at.b * in.stride_b, a_.I, x_.stride, x_.at(0, row));
-        if (in.dropout.threshold != 0) drop(in.dropout, static_cast<uint64_t>((at.t * s_.batch + at.b) * a_.I), row);
+        if (in.dropout.threshold != 0)
+          drop(in.dropout, static_cast<uint64_t>((at.t * s_.batch + at.b) * a_.I), row);
       }
     }
   }
@@ -229,10 +277,11 @@ class Forward {
     }
   }
 
-  // gates = bias + x W_ihᵀ for all rows of the chunk; a one-hot row picks a row of the packed panel.
+  // gates = bias + x W_ihᵀ for all rows of the chunk; a one-hot row picks a row of the packed
+  // panel.
   void project_inputs(int64_t k0, int64_t end) const {
     const Right<T> w = {a_.weights.w_ih, W * W, a_.I * W};
-    for (int64_t s = 0; s < S_; ++s) {
+    for (int64_t s = mine_.first; s < mine_.end; ++s) {
       for (int slot = 0; slot < Cell::kSlots; ++slot) {
         const T* const bias = a_.weights.bias + (s * Cell::kSlots + slot) * W;
         const V b0 = V::load(bias), b1 = V::load(bias + V::N);
@@ -250,13 +299,15 @@ class Forward {
   }
 
   void multiply_inputs(int64_t k0, int64_t end, const Right<T>& w) const {
-    // Few rows: several panels at once, so that their chains hide each other's latency. Else a panel at a time, which
-    // then stays in the first-level cache for all rows.
+    // Few rows: several panels at once, so that their chains hide each other's latency. Else a
+    // panel at a time, which then stays in the first-level cache for all rows.
     int64_t most_rows = 1;
     for_runs(k0, end, [&](int64_t, int64_t n) { most_rows = n > most_rows ? n : most_rows; });
-    const int most = panels_at_once(most_rows < kTileRows ? static_cast<int>(most_rows) : kTileRows);
-    for (int64_t p = 0; p < S_ * G; p += most) {
-      const int together = static_cast<int>(S_ * G - p < most ? S_ * G - p : most);
+    const int most =
+        panels_at_once(most_rows < kTileRows ? static_cast<int>(most_rows) : kTileRows);
+    const int64_t end_panel = mine_.end * G;
+    for (int64_t p = mine_.first * G; p < end_panel; p += most) {
+      const int together = static_cast<int>(end_panel - p < most ? end_panel - p : most);
       const Right<T> right = {w.base + p * w.panel_stride, w.group_stride, w.panel_stride};
       for_runs(k0, end, [&](int64_t row, int64_t n) FASTRNN_INLINE_LAMBDA {
         T* out[4];
@@ -272,10 +323,12 @@ class Forward {
   }
 
   // The slab's panel that gate panel p = s*G + g of the input product goes to.
-  FASTRNN_INLINE int64_t slot_panel(int64_t p) const { return p / G * Cell::kSlots + Cell::kInputSlot[p % G]; }
+  FASTRNN_INLINE int64_t slot_panel(int64_t p) const {
+    return p / G * Cell::kSlots + Cell::kInputSlot[p % G];
+  }
 
   void pick_inputs(int64_t k0, int64_t end) const {
-    for (int64_t p = 0; p < S_ * G; ++p) {
+    for (int64_t p = mine_.first * G; p < mine_.end * G; ++p) {
       const T* const w = a_.weights.w_ih + p * a_.I * W;
       int64_t row = 0;
       for (int64_t k = k0; k < end; ++k) {
@@ -295,18 +348,21 @@ class Forward {
   void apply_resets(int64_t k, int64_t n, const Panels<T>& h) const {
     for (int64_t j = 0; j < n; ++j) {
       if (!starts_afresh(a_, k, j0_ + j)) continue;
-      zero_row(h, S_, j);
-      if (Cell::kHasCell) zero_row(c_, S_, j);
+      zero_row(h, mine_, j);
+      if (Cell::kHasCell) zero_row(c_, mine_, j);
     }
   }
 
   // Step k of n rows: the slab's rows from `row` on, state cur → next.
   template <bool kSave>
-  FASTRNN_INLINE void step(int64_t k, int64_t row, int64_t n, const Panels<T>& cur, const Panels<T>& next) const {
+  FASTRNN_INLINE void step(int64_t k, int64_t row, int64_t n, const Panels<T>& cur,
+                           const Panels<T>& next) const {
     if constexpr (Cell::kTwoPhase) {
       for_tiles<2>(row, n, 0, cur, [&](int64_t s, int64_t r, int m) FASTRNN_INLINE_LAMBDA {
-        gate_phase<kSave>(s, row + r, r, m, cur);
+        gate_phase(s, row + r, r, m, cur);
       });
+      if (share_.team != nullptr)
+        team_barrier(share_.team);  // a stop is noticed at the end of the step
       for_tiles<1>(row, n, 2, rh_, [&](int64_t s, int64_t r, int m) FASTRNN_INLINE_LAMBDA {
         cell_phase<kSave>(k, s, row + r, r, m, cur, next);
       });
@@ -317,21 +373,23 @@ class Forward {
     }
   }
 
-  // For every superblock s and tile of rows: add left · W_hhᵀ to COUNT gates from g0 on, then f(s, first row, rows).
-  // A cell of one gate takes several superblocks at once when the rows are few.
+  // For every superblock s and tile of rows: add left · W_hhᵀ to COUNT gates from g0 on, then f(s,
+  // first row, rows). A cell of one gate takes several superblocks at once when the rows are few.
   template <int COUNT, class F>
-  FASTRNN_INLINE void for_tiles(int64_t row, int64_t n, int g0, const Panels<T>& left, const F& f) const {
+  FASTRNN_INLINE void for_tiles(int64_t row, int64_t n, int g0, const Panels<T>& left,
+                                const F& f) const {
     const int group = COUNT == 1 && G == 1 && n <= 3 ? panels_at_once(static_cast<int>(n)) : 1;
     const int64_t panel = a_.H * W;
-    for (int64_t s = 0; s < S_; s += group) {
-      const int together = static_cast<int>(S_ - s < group ? S_ - s : group);
+    for (int64_t s = mine_.first; s < mine_.end; s += group) {
+      const int together = static_cast<int>(mine_.end - s < group ? mine_.end - s : group);
       for (int64_t r = 0; r < n;) {
         const int m = tile_rows(n - r);
         const int most = panels_at_once(m);
         T* out[4];
         const int count = COUNT * together;
         for (int i = 0; i < count; ++i)
-          out[i] = gates_.at((s + i / COUNT) * Cell::kSlots + Cell::kStateSlot[g0 + i % COUNT], row + r);
+          out[i] =
+              gates_.at((s + i / COUNT) * Cell::kSlots + Cell::kStateSlot[g0 + i % COUNT], row + r);
         const Left<T> a = state_rows(left, r, a_.H);
         for (int i = 0; i < count; i += most) {
           const Right<T> w = {a_.weights.w_hh + (s * G + g0 + i) * panel, W * W, panel};
@@ -343,8 +401,8 @@ class Forward {
     }
   }
 
-  template <bool kSave>
-  FASTRNN_INLINE void gate_phase(int64_t s, int64_t row, int64_t r0, int m, const Panels<T>& cur) const {
+  FASTRNN_INLINE void gate_phase(int64_t s, int64_t row, int64_t r0, int m,
+                                 const Panels<T>& cur) const {
     for (int r = 0; r < m; ++r)
       for (int v = 0; v < W; v += V::N) {
         T* const r_gate = gates_.at(s * Cell::kSlots, row + r) + v;
@@ -359,8 +417,8 @@ class Forward {
 
   // The cell on m rows of superblock s, `row` in the slab and r0 in the block.
   template <bool kSave>
-  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t r0, int m, const Panels<T>& cur,
-                                 const Panels<T>& next) const {
+  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t r0, int m,
+                                 const Panels<T>& cur, const Panels<T>& next) const {
     const int lanes = valid_lanes(a_.H, s, W);
     for (int r = 0; r < m; ++r) {
       T* y = nullptr;
@@ -371,7 +429,8 @@ class Forward {
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];
 #pragma GCC unroll 4
-        for (int i = 0; i < Cell::kSlots; ++i) slot[i] = V::load(gates_.at(s * Cell::kSlots + i, row + r) + v);
+        for (int i = 0; i < Cell::kSlots; ++i)
+          slot[i] = V::load(gates_.at(s * Cell::kSlots + i, row + r) + v);
         V c = Cell::kHasCell ? V::load(c_.at(s, r0 + r) + v) : V::zero();
         V h;
         Cell::forward(slot, V::load(cur.at(s, r0 + r) + v), c, h);
@@ -386,7 +445,8 @@ class Forward {
         }
         if (kSave) {
 #pragma GCC unroll 4
-          for (int i = 0; i < Cell::kSlots; ++i) slot[i].store(gates_.at(s * Cell::kSlots + i, row + r) + v);
+          for (int i = 0; i < Cell::kSlots; ++i)
+            slot[i].store(gates_.at(s * Cell::kSlots + i, row + r) + v);
         }
       }
     }
@@ -396,20 +456,24 @@ class Forward {
   const Schedule& s_;
   const int64_t S_, X_;  // panels of hidden units and of input features
   const int64_t j0_, j1_;
+  const Share share_;
+  const Blocks mine_;
   Panels<T> gates_ = {}, h_prev_ = {}, c_prev_ = {}, x_ = {}, c_ = {}, rh_ = {};
 };
 
 template <class Cell, class T>
 int64_t forward_scratch(const ForwardArgs<T>& a, int64_t j0, int64_t j1) {
-  return Forward<Cell, T>(a, j0, j1).scratch();
+  return Forward<Cell, T>(a, {j0, j1}).scratch();
 }
 
 template <class Cell, class T>
-void forward(const ForwardArgs<T>& a, int64_t chunk0, int64_t chunk1, int64_t j0, int64_t j1, T* scratch) {
-  Forward<Cell, T>(a, j0, j1).run(chunk0, chunk1, scratch);
+void forward(const ForwardArgs<T>& a, int64_t chunk0, int64_t chunk1, const Share& share,
+             T* scratch) {
+  Forward<Cell, T>(a, share).run(chunk0, chunk1, scratch);
 }
 
-// --------------------------------------------------------------------------------------------------- backward
+// ---------------------------------------------------------------------------------------------------
+// backward
 
 template <class Cell, class T>
 class Backward {
@@ -434,8 +498,10 @@ class Backward {
     rh_ = {a_.rh, stride};
   }
 
-  // The recurrence over rows j0 … j1 - 1. Scratch, for a two-phase cell: [S][j1 - j0][W].
-  void run(int64_t j0, int64_t j1, T* scratch) {
+  // The recurrence over a share. Scratch, for a two-phase cell: [S][j1 - j0][W].
+  void run(const Share& share, T* scratch) {
+    const int64_t j0 = share.j0, j1 = share.j1;
+    const Blocks mine = blocks_of(share, S_);
     const Panels<T> dh = {a_.dh + j0 * W, a_.state_rows * W};
     const Panels<T> dc = {Cell::kHasCell ? a_.dc + j0 * W : nullptr, a_.state_rows * W};
     const Panels<T> drh = {scratch, (j1 - j0) * W};
@@ -444,48 +510,57 @@ class Backward {
       const int64_t n = rows_at(s_, k, j0, j1);
       if (n == 0) continue;
       const int64_t row = s_.row_of_step[k] + j0;
-      for (int64_t s = 0; s < S_; ++s) cell_phase(k, s, row, j0, n, dh, dc);
+      for (int64_t s = mine.first; s < mine.end; ++s) cell_phase(k, s, row, j0, n, dh, dc);
+      // Here a team meets: the products need the gradients of all units. Its members' parts of dh
+      // stay apart.
+      if (ticker.stop(n * G * a_.H * a_.H, share.team)) return;
       if constexpr (Cell::kTwoPhase) {
-        for (int64_t s = 0; s < S_; ++s) memset(drh.at(s, 0), 0, sizeof(T) * static_cast<size_t>(n * W));
-        multiply_back(row, n, 2, 1, drh);
-        for (int64_t s = 0; s < S_; ++s) reset_phase(s, row, n, drh, dh);
-        multiply_back(row, n, 0, 2, dh);
+        for (int64_t s = mine.first; s < mine.end; ++s)
+          memset(drh.at(s, 0), 0, sizeof(T) * static_cast<size_t>(n * W));
+        multiply_back(mine, row, n, 2, 1, drh);
+        for (int64_t s = mine.first; s < mine.end; ++s) reset_phase(s, row, n, drh, dh);
+        if (share.team != nullptr) team_barrier(share.team);  // a stop is noticed at the next step
+        multiply_back(mine, row, n, 0, 2, dh);
       } else {
-        multiply_back(row, n, 0, G, dh);
+        multiply_back(mine, row, n, 0, G, dh);
       }
       if (a_.reset.data != nullptr) {
         for (int64_t j = 0; j < n; ++j) {
           if (!starts_afresh(a_, k, j0 + j)) continue;
-          zero_row(dh, S_, j);
-          if (Cell::kHasCell) zero_row(dc, S_, j);
+          zero_row(dh, mine, j);
+          if (Cell::kHasCell) zero_row(dc, mine, j);
         }
       }
-      if (ticker.stop(n * G * a_.H * a_.H)) return;
     }
   }
 
   // Gate panels p0 … p1 - 1 of dW_ih, dW_hh and the biases.
   void weight_gradients(int64_t p0, int64_t p1) {
-    constexpr int64_t kBlock = 256;  // rows at once: two panels of them stay in the first-level cache
+    constexpr int64_t kBlock =
+        256;  // rows at once: two panels of them stay in the first-level cache
     const int64_t rows = rows_in_chunk(), P = S_ * G;
     Ticker ticker(a_.interrupt);
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t s = p / G, g = p % G;
       const int lanes = valid_lanes(a_.H, s, W);
-      const int64_t in_slot = s * Cell::kSlots + Cell::kInputSlot[g], state_slot = s * Cell::kSlots + Cell::kStateSlot[g];
+      const int64_t in_slot = s * Cell::kSlots + Cell::kInputSlot[g],
+                    state_slot = s * Cell::kSlots + Cell::kStateSlot[g];
       const Panels<T>& state = Cell::kTwoPhase && g == 2 ? rh_ : h_prev_;
       for (int64_t r1 = rows; r1 > 0;) {
         const int64_t r0 = r1 > kBlock ? r1 - kBlock : 0;
         for (int64_t b = 0; b < S_; ++b)
-          outer_panel(gates_.at(state_slot, r0), state.at(b, r0), r1 - r0, lanes, a_.dw_hh + (b * P + p) * W * W);
+          outer_panel(gates_.at(state_slot, r0), state.at(b, r0), r1 - r0, lanes,
+                      a_.dw_hh + (b * P + p) * W * W);
         if (x_.base != nullptr)
           for (int64_t b = 0; b < X_; ++b)
-            outer_panel(gates_.at(in_slot, r0), x_.at(b, r0), r1 - r0, lanes, a_.dw_ih + (b * P + p) * W * W);
+            outer_panel(gates_.at(in_slot, r0), x_.at(b, r0), r1 - r0, lanes,
+                        a_.dw_ih + (b * P + p) * W * W);
         r1 = r0;
       }
       if (a_.input.ids != nullptr) add_to_table(gates_.at(in_slot, 0), a_.dw_ih + p * a_.I * W);
       sum_rows(gates_.at(in_slot, 0), rows, a_.dbias + in_slot * W);
-      if (state_slot != in_slot) sum_rows(gates_.at(state_slot, 0), rows, a_.dbias + state_slot * W);
+      if (state_slot != in_slot)
+        sum_rows(gates_.at(state_slot, 0), rows, a_.dbias + state_slot * W);
       if (ticker.stop(rows * W * (a_.H + a_.I))) return;
     }
   }
@@ -495,20 +570,23 @@ class Backward {
     const Panels<T> out = {scratch, (r1 - r0) * W};
     const int64_t rows = r1 - r0, panel = S_ * G * W * W;
     memset(scratch, 0, sizeof(T) * static_cast<size_t>(X_ * rows * W));
-    multiply_panels(X_, rows, a_.w_ih, panel, out,
-                    [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); }, G * W * W);
+    multiply_panels(
+        {0, X_}, rows, a_.w_ih, panel, out,
+        [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
+        G * W * W);
     for (int64_t k = begin_; k < end_; ++k) {
       const int64_t first = s_.row_of_step[k];
       const int64_t j_end = r1 - first < s_.active[k] ? r1 - first : s_.active[k];
-      for (int64_t j = r0 > first ? r0 - first : 0; j < j_end; ++j) add_input_row(k, j, out, first + j - r0);
+      for (int64_t j = r0 > first ? r0 - first : 0; j < j_end; ++j)
+        add_input_row(k, j, out, first + j - r0);
     }
   }
 
  private:
   int64_t rows_in_chunk() const { return s_.row_of_step[end_ - 1] + s_.active[end_ - 1]; }
 
-  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t j0, int64_t n, const Panels<T>& dh_,
-                                 const Panels<T>& dc_) const {
+  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t j0, int64_t n,
+                                 const Panels<T>& dh_, const Panels<T>& dc_) const {
     const int lanes = valid_lanes(a_.H, s, W);
     for (int64_t r = 0; r < n; ++r) {
       const T* dy = nullptr;
@@ -519,7 +597,8 @@ class Backward {
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];
 #pragma GCC unroll 4
-        for (int i = 0; i < Cell::kSlots; ++i) slot[i] = V::load(gates_.at(s * Cell::kSlots + i, row + r) + v);
+        for (int i = 0; i < Cell::kSlots; ++i)
+          slot[i] = V::load(gates_.at(s * Cell::kSlots + i, row + r) + v);
         V dh = V::load(dh_.at(s, r) + v);
         V dc = Cell::kHasCell ? V::load(dc_.at(s, r) + v) : V::zero();
         if (dy != nullptr) {
@@ -532,38 +611,47 @@ class Backward {
         const V c_prev = Cell::kHasCell ? V::load(c_prev_.at(s, row + r) + v) : V::zero();
         Cell::backward(slot, V::load(h_prev_.at(s, row + r) + v), c_prev, dh, dc);
 #pragma GCC unroll 4
-        for (int i = 0; i < Cell::kSlots; ++i) slot[i].store(gates_.at(s * Cell::kSlots + i, row + r) + v);
+        for (int i = 0; i < Cell::kSlots; ++i)
+          slot[i].store(gates_.at(s * Cell::kSlots + i, row + r) + v);
         dh.store(dh_.at(s, r) + v);
         if (Cell::kHasCell) dc.store(dc_.at(s, r) + v);
       }
     }
   }
 
-  FASTRNN_INLINE void reset_phase(int64_t s, int64_t row, int64_t n, const Panels<T>& drh, const Panels<T>& dh_) const {
+  FASTRNN_INLINE void reset_phase(int64_t s, int64_t row, int64_t n, const Panels<T>& drh,
+                                  const Panels<T>& dh_) const {
     for (int64_t r = 0; r < n; ++r)
       for (int v = 0; v < W; v += V::N) {
         T* const gate = gates_.at(s * Cell::kSlots, row + r) + v;
         V rg = V::load(gate), dh = V::load(dh_.at(s, r) + v), rh;
-        Cell::backward_reset(rg, V::load(h_prev_.at(s, row + r) + v), V::load(drh.at(s, r) + v), dh, rh);
+        Cell::backward_reset(rg, V::load(h_prev_.at(s, row + r) + v), V::load(drh.at(s, r) + v), dh,
+                             rh);
         rg.store(gate);
         dh.store(dh_.at(s, r) + v);
         rh.store(rh_.at(s, row + r) + v);
       }
   }
 
-  // out += dG W_hh over `count` gates from g0 on: what reaches the state before through the product.
-  FASTRNN_INLINE void multiply_back(int64_t row, int64_t n, int g0, int count, const Panels<T>& out) const {
+  // out += dG W_hh over `count` gates from g0 on: what reaches the state before through the
+  // product.
+  FASTRNN_INLINE void multiply_back(const Blocks& mine, int64_t row, int64_t n, int g0, int count,
+                                    const Panels<T>& out) const {
     multiply_panels(
-        S_, n, a_.w_hh + g0 * W * W, S_ * G * W * W, out,
-        [&](int64_t r) { return gate_rows<Cell>(gates_, row + r, a_.H, Cell::kStateSlot, g0, count); }, G * W * W);
+        mine, n, a_.w_hh + g0 * W * W, S_ * G * W * W, out,
+        [&](int64_t r) {
+          return gate_rows<Cell>(gates_, row + r, a_.H, Cell::kStateSlot, g0, count);
+        },
+        G * W * W);
   }
 
   template <class F>
-  FASTRNN_INLINE void multiply_panels(int64_t panels, int64_t rows, const T* w, int64_t panel, const Panels<T>& out,
-                                      const F& left, int64_t group_stride) const {
+  FASTRNN_INLINE void multiply_panels(const Blocks& panels, int64_t rows, const T* w, int64_t panel,
+                                      const Panels<T>& out, const F& left,
+                                      int64_t group_stride) const {
     const int64_t most = panels_at_once(rows < kTileRows ? static_cast<int>(rows) : kTileRows);
-    for (int64_t p = 0; p < panels; p += most) {
-      const int together = static_cast<int>(panels - p < most ? panels - p : most);
+    for (int64_t p = panels.first; p < panels.end; p += most) {
+      const int together = static_cast<int>(panels.end - p < most ? panels.end - p : most);
       for (int64_t r = 0; r < rows;) {
         const int m = tile_rows(rows - r);
         T* c[4];
@@ -615,8 +703,8 @@ class Backward {
 };
 
 template <class Cell, class T>
-void backward(const BackwardArgs<T>& a, int64_t chunk, int64_t j0, int64_t j1, T* scratch) {
-  Backward<Cell, T>(a, chunk).run(j0, j1, scratch);
+void backward(const BackwardArgs<T>& a, int64_t chunk, const Share& share, T* scratch) {
+  Backward<Cell, T>(a, chunk).run(share, scratch);
 }
 
 template <class Cell, class T>

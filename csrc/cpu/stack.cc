@@ -13,8 +13,8 @@ bool interrupt_tick(Interrupt* interrupt) {
 
 namespace {
 
-// What slot `slot` of superblock s starts from: b_ih + b_hh, except that GRU's n keeps its hidden part apart when the
-// reset gate comes after the product (slots r, z, hidden n, input n).
+// What slot `slot` of superblock s starts from: b_ih + b_hh, except that GRU's n keeps its hidden
+// part apart when the reset gate comes after the product (slots r, z, hidden n, input n).
 template <class T>
 void pack_bias(CellKind kind, const LayerWeights<T>& w, int64_t H, int W, T* out) {
   const CellTraits traits = cell_traits(kind);
@@ -25,7 +25,9 @@ void pack_bias(CellKind kind, const LayerWeights<T>& w, int64_t H, int W, T* out
     const int64_t gate = std::min(slot, traits.gates - 1);
     for (int64_t u = 0; u < H; ++u) {
       const T in = w.b_ih[gate * H + u], hidden = w.b_hh[gate * H + u];
-      out[(u / W * traits.slots + slot) * W + u % W] = !apart ? in + hidden : slot == 2 ? hidden : in;
+      out[(u / W * traits.slots + slot) * W + u % W] = !apart      ? in + hidden
+                                                       : slot == 2 ? hidden
+                                                                   : in;
     }
   }
 }
@@ -33,7 +35,8 @@ void pack_bias(CellKind kind, const LayerWeights<T>& w, int64_t H, int W, T* out
 }  // namespace
 
 template <class T>
-PackedStack<T>::PackedStack(const StackSpec& spec, const std::vector<LayerWeights<T>>& weights, int threads)
+PackedStack<T>::PackedStack(const StackSpec& spec, const std::vector<LayerWeights<T>>& weights,
+                            int threads)
     : spec_(spec), kernels_(typed_kernels<T>()) {
   const FpEnv env;
   const int W = kernels_.width;
@@ -43,7 +46,8 @@ PackedStack<T>::PackedStack(const StackSpec& spec, const std::vector<LayerWeight
   for (int l = 0; l < spec.layers; ++l)
     for (int d = 0; d < spec.directions; ++d)
       for (int64_t rows : {spec.input_size(l) * P, spec.H * P, S * traits.slots})
-        offset.push_back(checked_add(offset.back(), checked_mul(static_cast<size_t>(rows), static_cast<size_t>(W))));
+        offset.push_back(checked_add(
+            offset.back(), checked_mul(static_cast<size_t>(rows), static_cast<size_t>(W))));
   memory_ = Buffer(checked_mul(offset.back(), sizeof(T)));
   T* const base = memory_.template data<T>();
   for (int i = 0; i < spec.count(); ++i) {
@@ -58,8 +62,10 @@ PackedStack<T>::PackedStack(const StackSpec& spec, const std::vector<LayerWeight
       for (int d = 0; d < spec.directions; ++d) {
         const size_t i = static_cast<size_t>(spec.index(l, d));
         const int64_t p0 = cut(P, parts, part), p1 = cut(P, parts, part + 1);
-        kernels_.pack(weights[i].w_ih, traits.gates, spec.H, spec.input_size(l), p0, p1, base + offset[i * 3]);
-        kernels_.pack(weights[i].w_hh, traits.gates, spec.H, spec.H, p0, p1, base + offset[i * 3 + 1]);
+        kernels_.pack(weights[i].w_ih, traits.gates, spec.H, spec.input_size(l), p0, p1,
+                      base + offset[i * 3]);
+        kernels_.pack(weights[i].w_hh, traits.gates, spec.H, spec.H, p0, p1,
+                      base + offset[i * 3 + 1]);
       }
   });
 }
@@ -77,7 +83,8 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
   Buffer state = make_buffer<T>(spec.directions * S * B * W, traits.has_cell ? 2 : 1);
   // Outputs between layers, alternating.
   Buffer between[2];
-  for (int i = 0; i < std::min(2, spec.layers - 1); ++i) between[i] = make_buffer<T>(call.steps * B, DH);
+  for (int i = 0; i < std::min(2, spec.layers - 1); ++i)
+    between[i] = make_buffer<T>(call.steps * B, DH);
 
   for (int l = 0; l < spec.layers; ++l) {
     const bool last = l + 1 == spec.layers;
@@ -101,7 +108,8 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
       a.y_stride_b = last ? call.y_stride_b : DH;
       a.interrupt = call.interrupt;
       load_state(call.h0, spec.index(l, d), schedule.get().order, B, spec.H, W, a.h);
-      if (a.c != nullptr) load_state(call.c0, spec.index(l, d), schedule.get().order, B, spec.H, W, a.c);
+      if (a.c != nullptr)
+        load_state(call.c0, spec.index(l, d), schedule.get().order, B, spec.H, W, a.c);
       directions.push_back(a);
     }
     LayerForward<T> layer(kernels, spec.kind, directions, schedule, call.threads);
@@ -109,13 +117,15 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
     for (int d = 0; d < spec.directions; ++d) {
       const ForwardArgs<T>& a = directions[static_cast<size_t>(d)];
       store_state(a.h, spec.index(l, d), schedule.get().order, B, spec.H, W, call.hn);
-      if (a.c != nullptr) store_state(a.c, spec.index(l, d), schedule.get().order, B, spec.H, W, call.cn);
+      if (a.c != nullptr)
+        store_state(a.c, spec.index(l, d), schedule.get().order, B, spec.H, W, call.cn);
     }
   }
   if (call.lengths != nullptr) {
     for (int64_t b = 0; b < B; ++b)
       for (int64_t t = call.lengths[b]; t < call.steps; ++t)
-        std::memset(call.y + t * call.y_stride_t + b * call.y_stride_b, 0, sizeof(T) * static_cast<size_t>(DH));
+        std::memset(call.y + t * call.y_stride_t + b * call.y_stride_b, 0,
+                    sizeof(T) * static_cast<size_t>(DH));
   }
 }
 

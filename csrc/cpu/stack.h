@@ -1,5 +1,6 @@
-// Layers and directions of a recurrent network on the CPU: packs weights, allocates, splits the work among threads and
-// calls the kernels of cpu/sequence.h. The bindings fill the plain structs below and hold the objects.
+// Layers and directions of a recurrent network on the CPU: packs weights, allocates, splits the
+// work among threads and calls the kernels of cpu/sequence.h. The bindings fill the plain structs
+// below and hold the objects.
 #ifndef FASTRNN_CPU_STACK_H_
 #define FASTRNN_CPU_STACK_H_
 
@@ -26,7 +27,8 @@ struct StackSpec {
   int count() const { return layers * directions; }
 };
 
-// The caller's parameters of one layer and direction, C-contiguous: (G*H, I), (G*H, H), (G*H), (G*H); biases may be null.
+// The caller's parameters of one layer and direction, C-contiguous: (G*H, I), (G*H, H), (G*H),
+// (G*H); biases may be null.
 template <class T>
 struct LayerWeights {
   const T *w_ih, *w_hh, *b_ih, *b_hh;
@@ -45,7 +47,9 @@ class PackedStack {
 
   const StackSpec& spec() const { return spec_; }
   const Kernels<T>& kernels() const { return kernels_; }
-  PackedLayer<T> layer(int layer, int direction) const { return layers_[static_cast<size_t>(spec_.index(layer, direction))]; }
+  PackedLayer<T> layer(int layer, int direction) const {
+    return layers_[static_cast<size_t>(spec_.index(layer, direction))];
+  }
   size_t bytes() const { return memory_.size(); }
 
  private:
@@ -59,19 +63,19 @@ class PackedStack {
 template <class T>
 struct StackCall {
   int64_t steps, batch;
-  LayerInput<T> input;           // dropout unused: it acts between layers
-  const int64_t* lengths;        // (B) or null
+  LayerInput<T> input;     // dropout unused: it acts between layers
+  const int64_t* lengths;  // (B) or null
   ResetMask reset;
-  const T *h0, *c0;              // null: zeros
-  T* y;                          // (T, B, D*H), features contiguous; wholly written
+  const T *h0, *c0;  // null: zeros
+  T* y;              // (T, B, D*H), features contiguous; wholly written
   int64_t y_stride_t, y_stride_b;
-  T *hn, *cn;                    // out
+  T *hn, *cn;  // out
   int threads;
   Interrupt* interrupt;
   // Training only:
-  double dropout;                // between layers
+  double dropout;  // between layers
   uint64_t dropout_key;
-  int64_t checkpoint_every;      // 0: keep everything
+  int64_t checkpoint_every;  // 0: keep everything
 };
 
 // Inference: nothing is kept.
@@ -85,7 +89,7 @@ struct BackwardCall {
   const T *dhn, *dcn;  // (L*D, B, H) or null
   T* dx;               // (T, B, I) zeroed, or null
   int64_t dx_stride_t, dx_stride_b;
-  T *dh0, *dc0;        // out
+  T *dh0, *dc0;  // out
   std::vector<LayerGradients<T>> gradients;
   int threads;
   Interrupt* interrupt;
@@ -127,7 +131,7 @@ class StackStream {
 
   // x (B, I) or ids (B), distance between rows in elements; y (B, D*H) contiguous.
   void step(const T* x, const int64_t* ids, int64_t stride_b, T* y, Interrupt* interrupt);
-  void get_state(T* h, T* c) const;  // (L*D, B, H)
+  void get_state(T* h, T* c) const;        // (L*D, B, H)
   void set_state(const T* h, const T* c);  // null: zeros
   void reset_row(int64_t row);
 
@@ -141,13 +145,15 @@ class StackStream {
 
 // Linear layer on rows: y (M, out) = x (M, in) wᵀ + b.
 template <class T>
-void linear_forward(const T* x, int64_t stride_x, int64_t rows, int64_t in, int64_t out, const T* w, const T* b, T* y,
-                    int threads, Interrupt* interrupt);
+void linear_forward(const T* x, int64_t stride_x, int64_t rows, int64_t in, int64_t out, const T* w,
+                    const T* b, T* y, int threads, Interrupt* interrupt);
 
-// dx (M, in) = dy w (or null: not wanted); dw (out, in) += dyᵀ x; db (out) += column sums of dy (either may be null).
+// dx (M, in) = dy w (or null: not wanted); dw (out, in) += dyᵀ x; db (out) += column sums of dy
+// (either may be null).
 template <class T>
-void linear_backward(const T* x, int64_t stride_x, const T* dy, int64_t stride_dy, int64_t rows, int64_t in, int64_t out,
-                     const T* w, T* dx, T* dw, T* db, int threads, Interrupt* interrupt);
+void linear_backward(const T* x, int64_t stride_x, const T* dy, int64_t stride_dy, int64_t rows,
+                     int64_t in, int64_t out, const T* w, T* dx, T* dw, T* db, int threads,
+                     Interrupt* interrupt);
 
 // What the machine can do at most: the yardstick that benchmarks hold against our times.
 struct Limits {

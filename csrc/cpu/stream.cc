@@ -1,5 +1,6 @@
-// Streaming: the recurrence one step at a time. Everything is laid out at construction, so that a step is the kernels'
-// own time and little else; the bits are those of the whole sequence in one call.
+// Streaming: the recurrence one step at a time. Everything is laid out at construction, so that a
+// step is the kernels' own time and little else; the bits are those of the whole sequence in one
+// call.
 #include <algorithm>
 
 #include "core/fpenv.h"
@@ -26,7 +27,8 @@ struct StackStream<T>::State {
       : stack(std::move(s)), batch(B), schedule(1, B, nullptr, B) {
     const int64_t H = spec().H;
     const int count = spec().count();
-    const size_t states = checked_mul(2, static_cast<size_t>(count), static_cast<size_t>(state_size()));
+    const size_t states =
+        checked_mul(2, static_cast<size_t>(count), static_cast<size_t>(state_size()));
     const size_t between = checked_mul(2, static_cast<size_t>(B), static_cast<size_t>(H));
     memory = Buffer(checked_mul(checked_add(states, between), sizeof(T)));
     std::memset(memory.data(), 0, memory.size());
@@ -43,7 +45,8 @@ struct StackStream<T>::State {
       a.state_rows = B;
       a.y = y + l % 2 * B * H;
       a.y_stride_b = H;
-      layers.emplace_back(stack->kernels(), spec().kind, std::vector<ForwardArgs<T>>{a}, schedule, get_num_threads());
+      layers.emplace_back(stack->kernels(), spec().kind, std::vector<ForwardArgs<T>>{a}, schedule,
+                          get_num_threads());
     }
   }
 };
@@ -56,7 +59,8 @@ template <class T>
 StackStream<T>::~StackStream() = default;
 
 template <class T>
-void StackStream<T>::step(const T* x, const int64_t* ids, int64_t stride_b, T* y, Interrupt* interrupt) {
+void StackStream<T>::step(const T* x, const int64_t* ids, int64_t stride_b, T* y,
+                          Interrupt* interrupt) {
   const FpEnv env;
   ForwardArgs<T>& first = state_->layers.front().directions()[0];
   first.input.x = x;
@@ -74,7 +78,8 @@ void StackStream<T>::get_state(T* h, T* c) const {
   State& s = *state_;
   for (int i = 0; i < s.spec().count(); ++i) {
     store_state(s.h(i), i, s.schedule.get().order, s.batch, s.spec().H, s.width(), h);
-    if (c != nullptr) store_state(s.c(i), i, s.schedule.get().order, s.batch, s.spec().H, s.width(), c);
+    if (c != nullptr)
+      store_state(s.c(i), i, s.schedule.get().order, s.batch, s.spec().H, s.width(), c);
   }
 }
 

@@ -1,8 +1,10 @@
-// Training: the forward pass that keeps what back-propagation needs, and back-propagation through time.
+// Training: the forward pass that keeps what back-propagation needs, and back-propagation through
+// time.
 //
-// Without checkpoints a tape holds, per layer and direction, the cell's slots, the state before each step and the input
-// rows of every step. With checkpoint_every = k it holds the layer's input and the states before steps 0, k, 2k, …, and
-// the backward pass runs each segment forward again before it goes back through it: memory O(T/k + k), same bits.
+// Without checkpoints a tape holds, per layer and direction, the cell's slots, the state before
+// each step and the input rows of every step. With checkpoint_every = k it holds the layer's input
+// and the states before steps 0, k, 2k, …, and the backward pass runs each segment forward again
+// before it goes back through it: memory O(T/k + k), same bits.
 #include <algorithm>
 
 #include "cells/dropout.h"
@@ -39,8 +41,8 @@ struct StackTape<T>::State {
   // A layer as the forward pass left it.
   struct Layer {
     LayerInput<T> input = {};
-    Buffer input_memory;           // checkpoints: the input itself
-    std::vector<Slabs> slabs;      // by direction; no checkpoints
+    Buffer input_memory;                // checkpoints: the input itself
+    std::vector<Slabs> slabs;           // by direction; no checkpoints
     Buffer checkpoint_h, checkpoint_c;  // [segments][D][S][B][W]
   };
 
@@ -58,10 +60,11 @@ struct StackTape<T>::State {
         steps(call.steps),
         batch(call.batch),
         checkpoint_every(call.checkpoint_every),
-        lengths(call.lengths == nullptr ? std::vector<int64_t>()
-                                        : std::vector<int64_t>(call.lengths, call.lengths + call.batch)),
-        schedule(call.steps, call.batch, call.lengths,
-                 plan_chunk_rows(0, sizeof(T), true), call.checkpoint_every) {}
+        lengths(call.lengths == nullptr
+                    ? std::vector<int64_t>()
+                    : std::vector<int64_t>(call.lengths, call.lengths + call.batch)),
+        schedule(call.steps, call.batch, call.lengths, plan_chunk_rows(0, sizeof(T), true),
+                 call.checkpoint_every) {}
 
   const StackSpec& spec() const { return stack->spec(); }
   int width() const { return stack->kernels().width; }
@@ -76,14 +79,16 @@ struct StackTape<T>::State {
         for (int64_t b = 0; b < batch; ++b)
           dst[static_cast<size_t>(t * batch + b)] = src[t * stride_t + b * stride_b];
     };
-    if (call.input.ids != nullptr) copy(call.input.ids, call.input.stride_t, call.input.stride_b, ids);
+    if (call.input.ids != nullptr)
+      copy(call.input.ids, call.input.stride_t, call.input.stride_b, ids);
     if (call.reset.data != nullptr) {
       copy(call.reset.data, call.reset.stride_t, call.reset.stride_b, reset_memory);
       reset = {reset_memory.data(), batch, 1};
     }
   }
 
-  ForwardArgs<T> forward_args(int layer, int direction, const LayerInput<T>& input, Interrupt* interrupt) const {
+  ForwardArgs<T> forward_args(int layer, int direction, const LayerInput<T>& input,
+                              Interrupt* interrupt) const {
     ForwardArgs<T> a = {};
     a.I = spec().input_size(layer);
     a.H = spec().H;
@@ -100,8 +105,8 @@ struct StackTape<T>::State {
   void forward(const StackCall<T>& call);
   void forward_layer(int layer, const StackCall<T>& call, T* y, int64_t stride_t, int64_t stride_b);
   void backward(const BackwardCall<T>& call);
-  void backward_layer(int layer, const BackwardCall<T>& call, const T* dy, int64_t dy_t, int64_t dy_b, T* dx,
-                      int64_t dx_t, int64_t dx_b);
+  void backward_layer(int layer, const BackwardCall<T>& call, const T* dy, int64_t dy_t,
+                      int64_t dy_b, T* dx, int64_t dx_t, int64_t dx_b);
 };
 
 template <class T>
@@ -116,18 +121,21 @@ void StackTape<T>::State::forward(const StackCall<T>& call) {
       layer.input = {nullptr, ids.data(), batch, 1, {}};
     } else if (l == 0) {
       layer.input = call.input;
-      if (checkpoint_every > 0) {  // the caller's x may change; slabs, which hold a copy, are not kept
+      if (checkpoint_every >
+          0) {  // the caller's x may change; slabs, which hold a copy, are not kept
         layer.input_memory = make_buffer<T>(steps * batch, spec().I);
         T* const copy = layer.input_memory.template data<T>();
         for (int64_t t = 0; t < steps; ++t)
           for (int64_t b = 0; b < batch; ++b)
-            std::memcpy(copy + (t * batch + b) * spec().I, call.input.x + t * call.input.stride_t + b * call.input.stride_b,
+            std::memcpy(copy + (t * batch + b) * spec().I,
+                        call.input.x + t * call.input.stride_t + b * call.input.stride_b,
                         sizeof(T) * static_cast<size_t>(spec().I));
         layer.input = {copy, nullptr, batch * spec().I, spec().I, {}};
       }
     } else {
       const uint64_t key = scalar::splitmix64(call.dropout_key + static_cast<uint64_t>(l));
-      layer.input = {previous.template data<T>(), nullptr, batch * DH, DH, dropout_mask(call.dropout, key)};
+      layer.input = {previous.template data<T>(), nullptr, batch * DH, DH,
+                     dropout_mask(call.dropout, key)};
       if (checkpoint_every > 0) layer.input_memory = std::move(previous);
     }
     const bool last = l + 1 == spec().layers;
@@ -140,12 +148,14 @@ void StackTape<T>::State::forward(const StackCall<T>& call) {
   if (!lengths.empty()) {
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t t = lengths[static_cast<size_t>(b)]; t < steps; ++t)
-        std::memset(call.y + t * call.y_stride_t + b * call.y_stride_b, 0, sizeof(T) * static_cast<size_t>(DH));
+        std::memset(call.y + t * call.y_stride_t + b * call.y_stride_b, 0,
+                    sizeof(T) * static_cast<size_t>(DH));
   }
 }
 
 template <class T>
-void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y, int64_t stride_t, int64_t stride_b) {
+void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y, int64_t stride_t,
+                                        int64_t stride_b) {
   Layer& layer = layers[static_cast<size_t>(l)];
   const Schedule& s = schedule.get();
   const int D = spec().directions, W = width();
@@ -161,7 +171,8 @@ void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y, i
     a.y_stride_t = stride_t;
     a.y_stride_b = stride_b;
     if (checkpoint_every == 0) {
-      layer.slabs.emplace_back(spec(), W, s.rows_before[s.chunks], spec().input_size(l), one_hot(l));
+      layer.slabs.emplace_back(spec(), W, s.rows_before[s.chunks], spec().input_size(l),
+                               one_hot(l));
       layer.slabs.back().attach(a);
     }
     load_state(call.h0, spec().index(l, d), s.order, batch, spec().H, W, a.h);
@@ -179,8 +190,10 @@ void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y, i
     const size_t bytes = sizeof(T) * static_cast<size_t>(D * size);
     for (int64_t i = 0; i < count; ++i) {
       std::memcpy(layer.checkpoint_h.template data<T>() + i * D * size, directions[0].h, bytes);
-      if (has_cell) std::memcpy(layer.checkpoint_c.template data<T>() + i * D * size, directions[0].c, bytes);
-      forward.run(segments[static_cast<size_t>(i)], segments[static_cast<size_t>(i) + 1], call.interrupt);
+      if (has_cell)
+        std::memcpy(layer.checkpoint_c.template data<T>() + i * D * size, directions[0].c, bytes);
+      forward.run(segments[static_cast<size_t>(i)], segments[static_cast<size_t>(i) + 1],
+                  call.interrupt);
     }
   }
   for (int d = 0; d < D; ++d) {
@@ -216,8 +229,8 @@ void StackTape<T>::State::backward(const BackwardCall<T>& call) {
   }
 }
 
-// Adds the accumulated bias gradients [S*slots][W] to both biases: the same numbers, except for n of a GRU whose reset
-// gate comes after the product.
+// Adds the accumulated bias gradients [S*slots][W] to both biases: the same numbers, except for n
+// of a GRU whose reset gate comes after the product.
 template <class T>
 void add_bias_gradients(CellKind kind, int64_t H, int W, const T* acc, const LayerGradients<T>& g) {
   if (g.b_ih == nullptr) return;
@@ -232,8 +245,9 @@ void add_bias_gradients(CellKind kind, int64_t H, int W, const T* acc, const Lay
 }
 
 template <class T>
-void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, const T* dy, int64_t dy_t, int64_t dy_b,
-                                         T* dx, int64_t dx_t, int64_t dx_b) {
+void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, const T* dy,
+                                         int64_t dy_t, int64_t dy_b, T* dx, int64_t dx_t,
+                                         int64_t dx_b) {
   Layer& layer = layers[static_cast<size_t>(l)];
   const Kernels<T>& k = stack->kernels();
   const Schedule& s = schedule.get();
@@ -243,13 +257,17 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   const int64_t S = ceil_div(H, W), P = S * traits.gates, X = ceil_div(I, W), size = state_size();
   const bool want_dx = dx != nullptr;
 
-  // Work memory, per direction: transposed weights, accumulators, the running gradient of the state.
-  const int64_t n_hh = S * P * W * W, n_ih = one_hot(l) ? P * I * W : X * P * W * W, n_b = S * traits.slots * W;
+  // Work memory, per direction: transposed weights, accumulators, the running gradient of the
+  // state.
+  const int64_t n_hh = S * P * W * W, n_ih = one_hot(l) ? P * I * W : X * P * W * W,
+                n_b = S * traits.slots * W;
   const int64_t n_wide = X * P * W * W;
-  const size_t per_direction =
-      checked_add(checked_mul(2, static_cast<size_t>(n_hh)), static_cast<size_t>(n_ih), static_cast<size_t>(n_b),
-                  static_cast<size_t>(want_dx ? n_wide : 0), checked_mul(2, static_cast<size_t>(size)),
-                  traits.two_phase ? checked_mul(static_cast<size_t>(s.max_rows), static_cast<size_t>(S * W)) : 0);
+  const size_t per_direction = checked_add(
+      checked_mul(2, static_cast<size_t>(n_hh)), static_cast<size_t>(n_ih),
+      static_cast<size_t>(n_b), static_cast<size_t>(want_dx ? n_wide : 0),
+      checked_mul(2, static_cast<size_t>(size)),
+      traits.two_phase ? checked_mul(static_cast<size_t>(s.max_rows), static_cast<size_t>(S * W))
+                       : 0);
   Buffer memory(checked_mul(per_direction, static_cast<size_t>(D), sizeof(T)));
   std::vector<BackwardArgs<T>> args;
   T* at = memory.template data<T>();
@@ -306,9 +324,11 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     const int d = task / panel_parts, part = task % panel_parts;
     const PackedLayer<T> w = stack->layer(l, d);
     const BackwardArgs<T>& a = args[static_cast<size_t>(d)];
-    k.pack_transposed(w.w_hh, P, H, cut(S, panel_parts, part), cut(S, panel_parts, part + 1), const_cast<T*>(a.w_hh));
+    k.pack_transposed(w.w_hh, P, H, cut(S, panel_parts, part), cut(S, panel_parts, part + 1),
+                      const_cast<T*>(a.w_hh));
     if (want_dx)
-      k.pack_transposed(w.w_ih, P, I, cut(X, panel_parts, part), cut(X, panel_parts, part + 1), const_cast<T*>(a.w_ih));
+      k.pack_transposed(w.w_ih, P, I, cut(X, panel_parts, part), cut(X, panel_parts, part + 1),
+                        const_cast<T*>(a.w_ih));
   });
 
   Buffer reset_scratch;  // a two-phase cell's gradient of r∘h
@@ -318,17 +338,29 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   Buffer dx_scratch;
   if (want_dx) dx_scratch = make_buffer<T>(dx_parts * dx_rows, X * W);
 
-  const auto back_through_chunk = [&](int64_t c) {
+  const int team_members = team_size(k, spec().kind, s, H, D, row_parts, threads);
+  const auto back_through_steps = [&](int64_t c) {
+    if (team_members > 1) {
+      return run_as_team(team_members, call.interrupt, [&](int rank, Team& team) {
+        const Share share = {0, batch, rank, team.size(), team.size() > 1 ? &team : nullptr};
+        k.backward[kind](args[0], c, share, reset_scratch.template data<T>());
+      });
+    }
     run(D * row_parts, [&](int task) {
-      const size_t d = static_cast<size_t>(task / row_parts), part = static_cast<size_t>(task % row_parts);
-      T* const scratch =
-          traits.two_phase ? reset_scratch.template data<T>() + static_cast<int64_t>(d) * size + rows[part] * S * W : nullptr;
-      k.backward[kind](args[d], c, rows[part], rows[part + 1], scratch);
+      const size_t d = static_cast<size_t>(task / row_parts),
+                   part = static_cast<size_t>(task % row_parts);
+      T* const scratch = traits.two_phase ? reset_scratch.template data<T>() +
+                                                static_cast<int64_t>(d) * size + rows[part] * S * W
+                                          : nullptr;
+      k.backward[kind](args[d], c, {rows[part], rows[part + 1]}, scratch);
     });
+  };
+  const auto back_through_chunk = [&](int64_t c) {
+    back_through_steps(c);
     run(D * panel_parts, [&](int task) {
       const int part = task % panel_parts;
-      k.weight_gradients[kind](args[static_cast<size_t>(task / panel_parts)], c, cut(P, panel_parts, part),
-                               cut(P, panel_parts, part + 1));
+      k.weight_gradients[kind](args[static_cast<size_t>(task / panel_parts)], c,
+                               cut(P, panel_parts, part), cut(P, panel_parts, part + 1));
     });
     if (!want_dx) return;
     const int64_t last = s.chunk_begin[c + 1] - 1, count = s.row_of_step[last] + s.active[last];
@@ -363,10 +395,13 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     LayerForward<T> forward(k, spec().kind, forward_directions, schedule, call.threads);
     const size_t bytes = sizeof(T) * static_cast<size_t>(D * size);
     for (int64_t i = static_cast<int64_t>(segments.size()) - 2; i >= 0; --i) {
-      const int64_t first = segments[static_cast<size_t>(i)], end = segments[static_cast<size_t>(i) + 1];
-      std::memcpy(forward_directions[0].h, layer.checkpoint_h.template data<T>() + i * D * size, bytes);
+      const int64_t first = segments[static_cast<size_t>(i)],
+                    end = segments[static_cast<size_t>(i) + 1];
+      std::memcpy(forward_directions[0].h, layer.checkpoint_h.template data<T>() + i * D * size,
+                  bytes);
       if (traits.has_cell)
-        std::memcpy(forward_directions[0].c, layer.checkpoint_c.template data<T>() + i * D * size, bytes);
+        std::memcpy(forward_directions[0].c, layer.checkpoint_c.template data<T>() + i * D * size,
+                    bytes);
       for (int d = 0; d < D; ++d) {
         forward.directions()[static_cast<size_t>(d)].first_chunk = first;
         args[static_cast<size_t>(d)].first_chunk = first;
