@@ -127,7 +127,7 @@ class Stream {
         for (int64_t b = 0; b < batch_; ++b)
           if (*static_cast<const bool*>(a.data(b))) chosen.push_back(b);
       } else {
-        const py::array_t<int64_t> ids = integers("rows", a);
+        const py::array_t<int64_t> ids = integers("rows", rows);
         if (ids.ndim() > 1)
           value_mismatch("rows", "one row or a list of rows", text(shape_of(ids)));
         for (py::ssize_t i = 0; i < ids.size(); ++i) {

@@ -46,11 +46,11 @@ def _integer(name: str, value: object, expected: str) -> int:
     return int(value)
 
 
-def size(name: str, value: object) -> int:
-    """A positive integer (bool is none) that fits one dimension."""
-    expected = f"an integer from 1 to {_MAX_SIZE}"
+def size(name: str, value: object, most: int = _MAX_SIZE) -> int:
+    """A positive integer (bool is none) up to ``most``, by default what fits one dimension."""
+    expected = f"an integer from 1 to {most}"
     result = _integer(name, value, expected)
-    if not 1 <= result <= _MAX_SIZE:
+    if not 1 <= result <= most:
         raise ValueError(f"{name}: expected {expected}, got {_got(value)}")
     return result
 

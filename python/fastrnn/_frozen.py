@@ -20,12 +20,12 @@ class Frozen:
     number of threads at once, and picklable. The results have the layer's own bits.
     """
 
-    __slots__ = ("_network", "_packed", "batch_first")
+    __slots__ = ("_batch_first", "_network", "_packed")
 
     def __init__(self, network: Network, packed: _core.Packed, batch_first: bool) -> None:
         self._network = network
         self._packed = packed
-        self.batch_first = batch_first
+        self._batch_first = batch_first
 
     def __call__(
         self,
@@ -38,7 +38,7 @@ class Frozen:
     ) -> tuple[Array, Any]:
         """Inference, as the layer's own call: (y, state)."""
         result: tuple[Array, Any] = self._packed.forward(
-            x, state, lengths, reset, self.batch_first, threads
+            x, state, lengths, reset, self._batch_first, threads
         )
         return result
 
@@ -52,6 +52,11 @@ class Frozen:
             ValueError: The network is bidirectional, or batch_size is not positive.
         """
         return _core.Stream(self._packed, _check.size("batch_size", batch_size))
+
+    @property
+    def batch_first(self) -> bool:
+        """Whether input and output are (B, T, ·) instead of (T, B, ·)."""
+        return self._batch_first
 
     @property
     def dtype(self) -> Any:
@@ -70,7 +75,7 @@ class Frozen:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The packed layout depends on the machine's instruction set; the weights do not.
-        return _restore, (self._network, _core.unpack(self._packed), self.batch_first)
+        return _restore, (self._network, _core.unpack(self._packed), self._batch_first)
 
     def __repr__(self) -> str:
         n = self._network

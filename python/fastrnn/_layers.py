@@ -17,6 +17,8 @@ __all__ = ["GRU", "LSTM", "RNN"]
 
 State = Any  # h (L·D, B, H); for an LSTM the pair (h, c)
 
+_MAX_LAYERS = 65536  # each has names and arrays of its own, made before a size is found absurd
+
 _ARGS = """
     Args:
         input_size: I, features of the input, or the size of the vocabulary of integer input.
@@ -68,7 +70,7 @@ class _Recurrent(Module):
     ) -> None:
         self.input_size = _check.size("input_size", input_size)
         self.hidden_size = _check.size("hidden_size", hidden_size)
-        self.num_layers = _check.size("num_layers", num_layers)
+        self.num_layers = _check.size("num_layers", num_layers, _MAX_LAYERS)
         self.bias = _check.flag("bias", bias)
         self.batch_first = _check.flag("batch_first", batch_first)
         self.dropout = _check.probability("dropout", dropout)

@@ -7,6 +7,7 @@ pass over four arrays, whatever the model, and saving is a dump of the views.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, NoReturn, TypeVar
@@ -65,8 +66,15 @@ def views(flat: Array, shapes: Shapes) -> dict[str, Array]:
 
 
 def allocate(shapes: Shapes, dtype: npt.DTypeLike) -> tuple[Array, dict[str, Array]]:
-    """One zeroed 1-D buffer for all ``shapes`` in order, and the views of it by name."""
-    flat = np.zeros(sum(_count(shape) for shape in shapes.values()), dtype=dtype)
+    """One zeroed 1-D buffer for all ``shapes`` in order, and the views of it by name.
+
+    Raises:
+        MemoryError: There is no room for them, or more bytes than an address has bits for.
+    """
+    size, dtype = sum(_count(shape) for shape in shapes.values()), np.dtype(dtype)
+    if size * dtype.itemsize > sys.maxsize:  # NumPy would speak of a dimension, with ValueError
+        raise MemoryError(f"parameters: expected at most {sys.maxsize} bytes, got {size} × {dtype}")
+    flat = np.zeros(size, dtype)
     return flat, views(flat, shapes)
 
 

@@ -34,6 +34,11 @@ class Tape:
         self.dropout_key = dropout_key
 
     @property
+    def family(self) -> str:
+        """The layer's family: ``"rnn"``, ``"lstm"`` or ``"gru"``."""
+        return self._network.family
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tape holds, 0 once it was used."""
         return self._tape.nbytes

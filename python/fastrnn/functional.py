@@ -128,14 +128,44 @@ def rnn_backward(
     into: dict[str, Array] | None = None,
     threads: int | None = None,
 ) -> Gradients[State]:
-    """Back-propagation through the forward pass that made ``tape``: ``Tape.backward``."""
+    """Back-propagation through the ``rnn_forward`` that made ``tape``: ``Tape.backward``.
+
+    Raises:
+        RuntimeError: Another family's tape, or one that was used before.
+    """
+    return _own_tape("rnn", tape).backward(dy, dstate, into=into, threads=threads)
+
+
+def lstm_backward(
+    tape: Tape,
+    dy: npt.ArrayLike | None,
+    dstate: State = None,
+    *,
+    into: dict[str, Array] | None = None,
+    threads: int | None = None,
+) -> Gradients[State]:
+    """Back-propagation through the ``lstm_forward`` that made ``tape``, as ``rnn_backward``."""
+    return _own_tape("lstm", tape).backward(dy, dstate, into=into, threads=threads)
+
+
+def gru_backward(
+    tape: Tape,
+    dy: npt.ArrayLike | None,
+    dstate: State = None,
+    *,
+    into: dict[str, Array] | None = None,
+    threads: int | None = None,
+) -> Gradients[State]:
+    """Back-propagation through the ``gru_forward`` that made ``tape``, as ``rnn_backward``."""
+    return _own_tape("gru", tape).backward(dy, dstate, into=into, threads=threads)
+
+
+def _own_tape(family: Family, tape: Tape) -> Tape:
     if not isinstance(tape, Tape):
-        raise TypeError(f"tape: expected what *_forward returned, got {type(tape).__name__}")
-    return tape.backward(dy, dstate, into=into, threads=threads)
-
-
-lstm_backward = rnn_backward
-gru_backward = rnn_backward
+        raise TypeError(f"tape: expected what {family}_forward returned, got {type(tape).__name__}")
+    if tape.family != family:
+        raise RuntimeError(f"tape: expected one of {family}_forward, got one of {tape.family}_forward")
+    return tape
 
 
 def _infer(
