@@ -91,6 +91,20 @@ Packed make_packed(const std::string& cell, int64_t input_size, int64_t hidden_s
   value_mismatch("dtype", "'float32' or 'float64'", "'" + dtype + "'");
 }
 
+// Which axes of x, y and dy are time and batch.
+struct Axes {
+  py::ssize_t t, b;       // b is -1 without a batch
+  const int64_t* starts;  // rows one after the other: (B), their first steps; else null
+
+  Layout layout(const py::array& a, size_t element) const {
+    const auto stride = [&](py::ssize_t axis) {
+      return a.strides(axis) / static_cast<py::ssize_t>(element);
+    };
+    if (starts != nullptr) return {stride(0), 0, starts};
+    return {stride(t), b < 0 ? 0 : stride(b), nullptr};
+  }
+};
+
 // The arguments of a call, checked; owns every converted array that the pointers in `call` refer
 // to.
 template <class T>
@@ -102,32 +116,14 @@ struct CallArguments {
   bool one_hot = false;
 
   CallArguments(const StackSpec& spec, const py::object& x, const py::object& state,
-                const py::object& lengths, const py::object& reset, bool batch_first,
-                const py::object& threads) {
+                const py::object& lengths, const py::object& offsets, const py::object& reset,
+                bool batch_first, const py::object& threads) {
     py::array a = as_array("x", x);
     const char kind = a.dtype().kind();
     one_hot = kind == 'i' || kind == 'u';
     if (!one_hot) check_dtype<T>("x", a);
-    const py::ssize_t batched_dims = one_hot ? 2 : 3;
-    const bool batched = a.ndim() == batched_dims;
-    if (!batched && a.ndim() != batched_dims - 1) {
-      const std::string order = batch_first ? "B, T" : "T, B";
-      value_mismatch("x",
-                     one_hot ? "integers of shape (" + order + "), or (T,) without a batch"
-                             : "shape (" + order + ", " + std::to_string(spec.I) + "), or (T, " +
-                                   std::to_string(spec.I) + ") without a batch",
-                     text(shape_of(a)));
-    }
-    if (!one_hot && a.shape(a.ndim() - 1) != spec.I)
-      value_mismatch("x", std::to_string(spec.I) + " features in its last axis", text(shape_of(a)));
-    t_axis_ = batched && batch_first ? 1 : 0;
-    b_axis_ = batched ? 1 - t_axis_ : -1;
-    call.steps = a.shape(t_axis_);
-    call.batch = batched ? a.shape(b_axis_) : 1;
-    if (call.batch > INT32_MAX)
-      value_mismatch("x", "a batch below 2**31 rows", std::to_string(call.batch));
     call.threads = thread_count(threads);
-
+    const bool batched = read_shape(a, spec, offsets, batch_first);
     const py::ssize_t LD = spec.count();
     const Shape state_shape = batched ? Shape{LD, call.batch, spec.H} : Shape{LD, spec.H};
     const bool has_cell = cell_traits(spec.kind).has_cell;
@@ -135,24 +131,80 @@ struct CallArguments {
     call.h0 = initial.h_data();
     call.c0 = initial.c_data();
     read_lengths(lengths, batched);
-    read_reset(reset, a);
+    read_reset(reset, Shape(a.shape(), a.shape() + a.ndim() - (one_hot ? 0 : 1)));
     read_input(a, spec);
 
-    y_shape = Shape(a.shape(), a.shape() + (batched ? 2 : 1));
+    y_shape = Shape(a.shape(), a.shape() + a.ndim() - (one_hot ? 0 : 1));
     y_shape.push_back(spec.H * spec.directions);
     y = py::array_t<T>(y_shape);
     call.y = y.mutable_data();
-    call.y_stride_t = y.strides(t_axis_) / static_cast<py::ssize_t>(sizeof(T));
-    call.y_stride_b = batched ? y.strides(b_axis_) / static_cast<py::ssize_t>(sizeof(T)) : 0;
+    call.y_layout = axes.layout(y, sizeof(T));
     final = empty_states<T>(has_cell, state_shape);
     call.hn = final.h->mutable_data();
     call.cn = final.c ? final.c->mutable_data() : nullptr;
   }
 
+  Axes axes = {};
+
  private:
+  // Steps and batch from the shape of x, or from the offsets of rows that stand one after the
+  // other. Returns whether there is a batch.
+  bool read_shape(const py::array& x, const StackSpec& spec, const py::object& offsets,
+                  bool batch_first) {
+    const bool ragged = !offsets.is_none();
+    const py::ssize_t most = (ragged ? 1 : 2) + (one_hot ? 0 : 1);
+    const bool batched = ragged || x.ndim() == most;
+    if (x.ndim() != most && (ragged || x.ndim() != most - 1)) {
+      const std::string I = std::to_string(spec.I), order = batch_first ? "B, T" : "T, B";
+      const std::string expected =
+          ragged    ? (one_hot ? "integers of shape (steps of all rows,)"
+                               : "shape (steps of all rows, " + I + ")")
+          : one_hot ? "integers of shape (" + order + "), or (T,) without a batch"
+                    : "shape (" + order + ", " + I + "), or (T, " + I + ") without a batch";
+      value_mismatch("x", expected, text(shape_of(x)));
+    }
+    if (!one_hot && x.shape(x.ndim() - 1) != spec.I)
+      value_mismatch("x", std::to_string(spec.I) + " features in its last axis", text(shape_of(x)));
+    if (ragged) {
+      read_offsets(offsets, x.shape(0));
+    } else {
+      axes.t = batched && batch_first ? 1 : 0;
+      axes.b = batched ? 1 - axes.t : -1;
+      call.steps = x.shape(axes.t);
+      call.batch = batched ? x.shape(axes.b) : 1;
+    }
+    if (call.batch > INT32_MAX)
+      value_mismatch("x", "a batch below 2**31 rows", std::to_string(call.batch));
+    return batched;
+  }
+
+  void read_offsets(const py::object& offsets, int64_t total) {
+    const py::array a = as_array("offsets", offsets);
+    if (a.ndim() != 1 || a.shape(0) < 1)
+      value_mismatch("offsets", "shape (B + 1,)", text(shape_of(a)));
+    offsets_ = private_integers("offsets", a, shape_of(a));
+    call.batch = a.shape(0) - 1;
+    lengths_ = py::array_t<int64_t>(Shape{call.batch});
+    const int64_t* const o = offsets_.data();
+    bool fits = o[0] == 0 && o[call.batch] == total;
+    for (int64_t b = 0; b < call.batch; ++b) {
+      const int64_t n = o[b + 1] - o[b];
+      fits = fits && o[b + 1] >= o[b];
+      lengths_.mutable_data()[b] = n;
+      call.steps = std::max(call.steps, n);
+    }
+    if (!fits)
+      value_mismatch("offsets", "values that rise from 0 to " + std::to_string(total),
+                     std::string(py::str(a)));
+    call.lengths = lengths_.data();
+    call.starts = axes.starts = o;
+  }
+
   void read_lengths(const py::object& lengths, bool batched) {
     if (lengths.is_none()) return;
     if (!batched) value_mismatch("lengths", "None, since x has no batch axis", type_name(lengths));
+    if (call.starts != nullptr)
+      value_mismatch("lengths", "None, since x tells its rows' lengths", type_name(lengths));
     lengths_ = private_integers("lengths", lengths, {call.batch});
     for (int64_t b = 0; b < call.batch; ++b) {
       const int64_t n = lengths_.data()[b];
@@ -164,14 +216,13 @@ struct CallArguments {
     call.lengths = lengths_.data();
   }
 
-  void read_reset(const py::object& reset, const py::array& x) {
+  void read_reset(const py::object& reset, const Shape& shape) {
     if (reset.is_none()) return;
     py::array a = as_array("reset", reset);
     if (a.dtype().kind() != 'b') type_mismatch("reset", "an array of bool", dtype_name(a));
-    check_shape("reset", a, Shape(x.shape(), x.shape() + (b_axis_ < 0 ? 1 : 2)));
+    check_shape("reset", a, shape);
     reset_ = a;
-    call.reset = {static_cast<const uint8_t*>(a.data()), a.strides(t_axis_),
-                  b_axis_ < 0 ? 0 : a.strides(b_axis_)};
+    call.reset = {static_cast<const uint8_t*>(a.data()), axes.layout(a, 1)};
   }
 
   void read_input(const py::array& a, const StackSpec& spec) {
@@ -187,24 +238,21 @@ struct CallArguments {
       x_ = rows_of<T>("x", a);
       call.input.x = static_cast<const T*>(x_.data());
     }
-    const py::ssize_t size =
-        one_hot ? static_cast<py::ssize_t>(sizeof(int64_t)) : static_cast<py::ssize_t>(sizeof(T));
-    call.input.stride_t = x_.strides(t_axis_) / size;
-    call.input.stride_b = b_axis_ < 0 ? 0 : x_.strides(b_axis_) / size;
+    call.input.layout = axes.layout(x_, one_hot ? sizeof(int64_t) : sizeof(T));
   }
 
   py::array x_, reset_;
-  py::array_t<int64_t> lengths_;
-  py::ssize_t t_axis_, b_axis_;  // of x; b_axis_ is -1 without a batch
+  py::array_t<int64_t> lengths_, offsets_;
 };
 
 py::tuple forward(const Packed& packed, const py::object& x, const py::object& state,
-                  const py::object& lengths, const py::object& reset, bool batch_first,
-                  const py::object& threads) {
+                  const py::object& lengths, const py::object& offsets, const py::object& reset,
+                  bool batch_first, const py::object& threads) {
   return std::visit(
       [&](const auto& stack) -> py::tuple {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(stack->layer(0, 0).w_ih)>>;
-        CallArguments<T> args(stack->spec(), x, state, lengths, reset, batch_first, threads);
+        CallArguments<T> args(stack->spec(), x, state, lengths, offsets, reset, batch_first,
+                              threads);
         without_lock([&](Interrupt* interrupt) {
           args.call.interrupt = interrupt;
           stack_forward(*stack, args.call);
@@ -220,7 +268,9 @@ struct Tape {
   std::variant<std::unique_ptr<StackTape<float>>, std::unique_ptr<StackTape<double>>> tape;
   StackSpec spec;
   Shape x_shape, y_shape, state_shape;
-  bool one_hot, batch_first;
+  bool one_hot;
+  Axes axes;
+  std::vector<int64_t> starts;  // what axes.starts points to
   std::atomic<bool> consumed{false};
 
   py::tuple backward(const py::object& dy, const py::object& dstate,
@@ -238,17 +288,13 @@ struct Tape {
     BackwardCall<T> call = {};
     call.threads = thread_count(threads);
     py::array dy_rows;
-    const bool batched = y_shape.size() == 3;
-    const py::ssize_t t_axis = batched && batch_first ? 1 : 0, b_axis = 1 - t_axis;
-    const py::ssize_t size = sizeof(T);
     if (!dy.is_none()) {
       py::array a = as_array("dy", dy);
       check_dtype<T>("dy", a);
       check_shape("dy", a, y_shape);
       dy_rows = rows_of<T>("dy", a);
       call.dy = static_cast<const T*>(dy_rows.data());
-      call.dy_stride_t = dy_rows.strides(t_axis) / size;
-      call.dy_stride_b = batched ? dy_rows.strides(b_axis) / size : 0;
+      call.dy_layout = axes.layout(dy_rows, sizeof(T));
     }
     const States<T> final = read_states<T>("dstate", dstate, has_cell, state_shape);
     call.dhn = final.h_data();
@@ -270,8 +316,7 @@ struct Tape {
       py::array_t<T> zeros =
           py::module_::import("numpy").attr("zeros")(x_shape, py::dtype::of<T>());
       call.dx = zeros.mutable_data();
-      call.dx_stride_t = zeros.strides(t_axis) / size;
-      call.dx_stride_b = batched ? zeros.strides(b_axis) / size : 0;
+      call.dx_layout = axes.layout(zeros, sizeof(T));
       dx = zeros;
     }
     const States<T> initial = empty_states<T>(has_cell, state_shape);
@@ -291,15 +336,16 @@ struct Tape {
 };
 
 py::tuple forward_training(const Packed& packed, const py::object& x, const py::object& state,
-                           const py::object& lengths, const py::object& reset, bool batch_first,
-                           const py::object& threads, double dropout, uint64_t dropout_key,
-                           int64_t checkpoint_every) {
+                           const py::object& lengths, const py::object& offsets,
+                           const py::object& reset, bool batch_first, const py::object& threads,
+                           double dropout, uint64_t dropout_key, int64_t checkpoint_every) {
   return std::visit(
       [&](const auto& stack) -> py::tuple {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(stack->layer(0, 0).w_ih)>>;
         if (!(dropout >= 0 && dropout < 1))
           value_mismatch("dropout", "a number in [0, 1)", std::to_string(dropout));
-        CallArguments<T> args(stack->spec(), x, state, lengths, reset, batch_first, threads);
+        CallArguments<T> args(stack->spec(), x, state, lengths, offsets, reset, batch_first,
+                              threads);
         args.call.dropout = dropout;
         args.call.dropout_key = dropout_key;
         args.call.checkpoint_every = checkpoint_every;
@@ -316,7 +362,11 @@ py::tuple forward_training(const Packed& packed, const py::object& x, const py::
         result->y_shape = args.y_shape;
         result->state_shape = shape_of(*args.final.h);
         result->one_hot = args.one_hot;
-        result->batch_first = batch_first;
+        result->axes = args.axes;
+        if (args.axes.starts != nullptr) {
+          result->starts.assign(args.axes.starts, args.axes.starts + args.call.batch);
+          result->axes.starts = result->starts.data();
+        }
         return py::make_tuple(args.y, state_object(args.final, packed.has_cell()),
                               py::cast(std::move(result)));
       },
@@ -335,11 +385,13 @@ void register_recurrent(py::module_& m) {
            "weights: for each layer and direction weight_ih, weight_hh and, with bias, bias_ih, "
            "bias_hh.")
       .def("forward", &forward, py::arg("x"), py::arg("state"), py::arg("lengths"),
-           py::arg("reset"), py::arg("batch_first"), py::arg("threads"), "Inference: (y, state).")
+           py::arg("offsets"), py::arg("reset"), py::arg("batch_first"), py::arg("threads"),
+           "Inference: (y, state). With offsets (B + 1,) the rows of x, y and reset stand one "
+           "after the other.")
       .def("forward_training", &forward_training, py::arg("x"), py::arg("state"),
-           py::arg("lengths"), py::arg("reset"), py::arg("batch_first"), py::arg("threads"),
-           py::arg("dropout"), py::arg("dropout_key"), py::arg("checkpoint_every"),
-           "(y, state, tape).");
+           py::arg("lengths"), py::arg("offsets"), py::arg("reset"), py::arg("batch_first"),
+           py::arg("threads"), py::arg("dropout"), py::arg("dropout_key"),
+           py::arg("checkpoint_every"), "(y, state, tape).");
   py::class_<Tape>(m, "Tape", "What a forward pass keeps for its backward pass, which uses it up.")
       .def("backward", &Tape::backward, py::arg("dy"), py::arg("dstate"), py::arg("into"),
            py::arg("threads"),

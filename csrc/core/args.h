@@ -49,6 +49,18 @@ struct Schedule {
   int64_t max_rows;            // the largest of rows[]
 };
 
+// Where step t of row b lies in one of the caller's arrays, in elements from its start: at strides,
+// or, where rows of different lengths stand one after the other, `starts[b] + t` strides on.
+struct Layout {
+  int64_t stride_t, stride_b;
+  const int64_t* starts;  // (B), or null
+
+  // Forced inline: no copy of it may be compiled with one instruction set and called from another.
+  __attribute__((always_inline)) inline int64_t at(int64_t t, int64_t b) const {
+    return starts != nullptr ? (starts[b] + t) * stride_t : t * stride_t + b * stride_b;
+  }
+};
+
 // Inverted dropout on a layer's input: element e = (t*B + b)*features + j is kept when its hash
 // says so.
 struct DropoutMask {
@@ -71,14 +83,14 @@ template <class T>
 struct LayerInput {
   const T* x;          // (T, B, I), features contiguous; null if ids are given
   const int64_t* ids;  // (T, B); null if x is given
-  int64_t stride_t, stride_b;
+  Layout layout;
   DropoutMask dropout;
 };
 
 // One boolean per step and row: a new sequence begins here. Null data: none.
 struct ResetMask {
   const uint8_t* data;
-  int64_t stride_t, stride_b;
+  Layout layout;
 };
 
 template <class T>
@@ -94,7 +106,7 @@ struct ForwardArgs {
   T* c;  // the same for LSTM's c, else null
   int64_t state_rows;
   T* y;  // out, or null: this direction's columns of (T, B, D*H); written up to each row's length
-  int64_t y_stride_t, y_stride_b;
+  Layout y_layout;
   // Tape, all or none null. Chunk c of each starts at rows_before[c] (less that of first_chunk) *
   // panels * W.
   T* gates;   // out [S*slots][rows][W]: pre-activations, then what the cell keeps
@@ -116,7 +128,7 @@ struct BackwardArgs {
   const T* w_hh;  // [S][S*G*W][W]: row k of the product with dG, in dG's order of columns
   const T* w_ih;  // [ceil(I/W)][S*G*W][W], or null
   const T* dy;    // (T, B, D*H), this direction's columns, or null
-  int64_t dy_stride_t, dy_stride_b;
+  Layout dy_layout;
   T* dh;  // in: gradient of the final state, out: of the initial one; [S][state_rows][W]
   T* dc;
   int64_t state_rows;
@@ -127,7 +139,7 @@ struct BackwardArgs {
   int64_t first_chunk;
   T* rh;  // scratch [S][max_rows][W] for a two-phase cell: r * h_prev, what its n gate multiplied
   T* dx;  // in/out, accumulated: (T, B, I); null if not wanted
-  int64_t dx_stride_t, dx_stride_b;
+  Layout dx_layout;
   T* dw_ih;  // in/out, accumulated: [ceil(I/W)][S*G*W][W]; with ids [S*G][I][W]
   T* dw_hh;  // in/out, accumulated: [S][S*G*W][W]
   T* dbias;  // in/out, accumulated: [S*slots][W]

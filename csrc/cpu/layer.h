@@ -58,6 +58,36 @@ void run_parallel(int n, Interrupt* interrupt, const F& f) {
 // Range `part` of n things cut into `parts`.
 inline int64_t cut(int64_t n, int parts, int part) { return n * part / parts; }
 
+// Row-steps of a call, and the layout of an array that holds `cols` features of each: (T, B, cols),
+// or the rows one after the other.
+inline int64_t positions(int64_t T, int64_t B, const int64_t* lengths, const int64_t* starts) {
+  if (starts == nullptr) return T * B;
+  int64_t n = 0;
+  for (int64_t b = 0; b < B; ++b) n += lengths[b];
+  return n;
+}
+
+inline Layout dense_layout(int64_t cols, int64_t B, const int64_t* starts) {
+  return starts != nullptr ? Layout{cols, 0, starts} : Layout{B * cols, cols, nullptr};
+}
+
+// Calls f(t, b) for every step of every row that has one.
+template <class F>
+void for_positions(int64_t T, int64_t B, const int64_t* lengths, const F& f) {
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = 0; t < (lengths != nullptr ? lengths[b] : T); ++t) f(t, b);
+}
+
+// y is 0 past a row's length; a ragged array has nothing there.
+template <class T>
+void zero_padding(T* y, const Layout& layout, int64_t T_, int64_t B, const int64_t* lengths,
+                  int64_t cols) {
+  if (lengths == nullptr || layout.starts != nullptr) return;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t t = lengths[b]; t < T_; ++t)
+      std::memset(y + layout.at(t, b), 0, sizeof(T) * static_cast<size_t>(cols));
+}
+
 // (L*D, B, H) state `index` → blocked [S][rows][W] in processing order; zeros where src is null or
 // past H.
 template <class T>
@@ -135,13 +165,15 @@ class LayerForward {
 
   std::vector<ForwardArgs<T>>& directions() { return directions_; }
 
+  int parts() const { return parts_; }
+
+  // Chunks on the calling thread alone, for callers that keep their own threads.
+  void run_here(int64_t chunk0, int64_t chunk1) {
+    for (size_t i = 0; i < offset_.size(); ++i) run_task(static_cast<int>(i), chunk0, chunk1);
+  }
+
   void run(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
-    const auto task = [&](int i) {
-      const size_t part = static_cast<size_t>(i % parts_);
-      kernels_.forward[kind_](directions_[static_cast<size_t>(i / parts_)], chunk0, chunk1,
-                              {rows_[part], rows_[part + 1]},
-                              scratch_.template data<T>() + offset_[static_cast<size_t>(i)]);
-    };
+    const auto task = [&](int i) { run_task(i, chunk0, chunk1); };
     if (team_ > 1) {
       return run_as_team(team_, interrupt, [&](int rank, Team& team) {
         const Share share = {rows_[0], rows_[1], rank, team.size(),
@@ -159,6 +191,13 @@ class LayerForward {
   }
 
  private:
+  void run_task(int i, int64_t chunk0, int64_t chunk1) {
+    const size_t part = static_cast<size_t>(i % parts_);
+    kernels_.forward[kind_](directions_[static_cast<size_t>(i / parts_)], chunk0, chunk1,
+                            {rows_[part], rows_[part + 1]},
+                            scratch_.template data<T>() + offset_[static_cast<size_t>(i)]);
+  }
+
   const Kernels<T>& kernels_;
   int kind_;
   std::vector<ForwardArgs<T>> directions_;

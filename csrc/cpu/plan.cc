@@ -34,6 +34,17 @@ int plan_team(int threads, int64_t steps, int64_t rows, int64_t w_hh_bytes, int6
   return (step_us - best_us) * static_cast<double>(steps) > 20.0 ? best : 1;
 }
 
+bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int64_t rows,
+                    int64_t recurrent) {
+  if (threads < 2 || layers < 2 || directions > 1 || rows >= 8 || steps < 16) return false;
+  const double work = static_cast<double>(steps * rows) * static_cast<double>(recurrent) * layers;
+  return plan_threads(threads, work) > 1;
+}
+
+int64_t plan_wave_rows(int64_t steps, int64_t rows) {
+  return std::clamp<int64_t>(steps / 16, 8, 64) * std::max<int64_t>(1, rows);
+}
+
 int64_t plan_chunk_rows(int64_t slab_columns, int element_size, bool training) {
   if (training) return 256;
   const int64_t fits = (int64_t{1} << 20) / std::max<int64_t>(1, slab_columns * element_size);

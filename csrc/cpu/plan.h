@@ -23,6 +23,15 @@ int plan_row_parts(int threads, int directions, int64_t B, double multiply_adds)
 // does. superblocks: what a member's part is a whole number of.
 int plan_team(int threads, int64_t steps, int64_t rows, int64_t w_hh_bytes, int64_t superblocks);
 
+// Whether several layers should run at once, each a chunk of steps behind the one below: when there
+// are too few rows to split and both directions do not already keep two threads busy. recurrent:
+// G*H*H.
+bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int64_t rows,
+                    int64_t recurrent);
+
+// Rows of a wavefront's chunk: some 16 chunks, so that the layers overlap most of the time.
+int64_t plan_wave_rows(int64_t steps, int64_t rows);
+
 // Rows of a chunk of steps. In inference the slab of pre-activations should stay in the
 // second-level cache; in training two panels of a chunk should stay in the first.
 int64_t plan_chunk_rows(int64_t slab_columns, int element_size, bool training);

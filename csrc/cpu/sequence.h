@@ -49,7 +49,7 @@ FASTRNN_INLINE bool starts_afresh(const Args& a, int64_t k, int64_t j) {
   const Place at = place(*a.schedule, a.reverse, k, j);
   const int64_t t = a.reverse ? at.t + 1 : at.t;
   if (a.reverse && k == 0) return false;
-  return a.reset.data[t * a.reset.stride_t + at.b * a.reset.stride_b] != 0;
+  return a.reset.data[a.reset.layout.at(t, at.b)] != 0;
 }
 
 // Rows of a panel that a tile takes when `left` rows are to be split as evenly as possible.
@@ -261,7 +261,7 @@ class Forward {
       }
       for (int64_t j = 0; j < n; ++j, ++row) {
         const Place at = place(s_, a_.reverse, k, j0_ + j);
-        put_row(in.x + at.t * in.stride_t + at.b * in.stride_b, a_.I, x_.stride, x_.at(0, row));
+        put_row(in.x + in.layout.at(at.t, at.b), a_.I, x_.stride, x_.at(0, row));
         if (in.dropout.threshold != 0)
           drop(in.dropout, static_cast<uint64_t>((at.t * s_.batch + at.b) * a_.I), row);
       }
@@ -336,7 +336,7 @@ class Forward {
         if (a_.gates != nullptr) row = s_.row_of_step[k] + j0_;
         for (int64_t j = 0; j < n; ++j, ++row) {
           const Place at = place(s_, a_.reverse, k, j0_ + j);
-          const int64_t id = a_.input.ids[at.t * a_.input.stride_t + at.b * a_.input.stride_b];
+          const int64_t id = a_.input.ids[a_.input.layout.at(at.t, at.b)];
           T* const out = gates_.at(slot_panel(p), row);
           (V::load(out) + V::load(w + id * W)).store(out);
           (V::load(out + V::N) + V::load(w + id * W + V::N)).store(out + V::N);
@@ -424,7 +424,7 @@ class Forward {
       T* y = nullptr;
       if (a_.y != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0_ + r0 + r);
-        y = a_.y + at.t * a_.y_stride_t + at.b * a_.y_stride_b + s * W;
+        y = a_.y + a_.y_layout.at(at.t, at.b) + s * W;
       }
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];
@@ -592,7 +592,7 @@ class Backward {
       const T* dy = nullptr;
       if (a_.dy != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0 + r);
-        dy = a_.dy + at.t * a_.dy_stride_t + at.b * a_.dy_stride_b + s * W;
+        dy = a_.dy + a_.dy_layout.at(at.t, at.b) + s * W;
       }
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];
@@ -668,7 +668,7 @@ class Backward {
     for (int64_t k = end_ - 1; k >= begin_; --k)
       for (int64_t j = s_.active[k] - 1; j >= 0; --j) {
         const Place at = place(s_, a_.reverse, k, j);
-        const int64_t id = a_.input.ids[at.t * a_.input.stride_t + at.b * a_.input.stride_b];
+        const int64_t id = a_.input.ids[a_.input.layout.at(at.t, at.b)];
         const T* const src = dg + (s_.row_of_step[k] + j) * W;
         T* const dst = table + id * W;
         (V::load(dst) + V::load(src)).store(dst);
@@ -678,7 +678,7 @@ class Backward {
 
   void add_input_row(int64_t k, int64_t j, const Panels<T>& from, int64_t row) const {
     const Place at = place(s_, a_.reverse, k, j);
-    T* const dx = a_.dx + at.t * a_.dx_stride_t + at.b * a_.dx_stride_b;
+    T* const dx = a_.dx + a_.dx_layout.at(at.t, at.b);
     const DropoutMask& mask = a_.input.dropout;
     const uint64_t element = static_cast<uint64_t>((at.t * s_.batch + at.b) * a_.I);
     for (int64_t b = 0; b < X_; ++b) {

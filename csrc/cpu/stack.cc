@@ -1,6 +1,9 @@
 // Packing and inference; training is in tape.cc, single steps in stream.cc.
 #include "cpu/stack.h"
 
+#include <atomic>
+#include <thread>
+
 #include "core/fpenv.h"
 #include "cpu/layer.h"
 
@@ -70,6 +73,42 @@ PackedStack<T>::PackedStack(const StackSpec& spec, const std::vector<LayerWeight
   });
 }
 
+// Layers at once: layer l works on a chunk of steps while layer l + 1 works on one before it. Every
+// thread takes whatever chunk is ready, the uppermost first; nobody waits for a thread that does
+// not run, since a chunk that is in hand is in the hands of a running one.
+template <class T>
+void run_wavefront(std::vector<LayerForward<T>>& layers, int64_t chunks, int threads,
+                   Interrupt* interrupt) {
+  const size_t L = layers.size();
+  std::vector<std::atomic<int64_t>> done(L);
+  std::vector<std::atomic<bool>> taken(L);
+  for (size_t l = 0; l < L; ++l) {
+    done[l] = 0;
+    taken[l] = false;
+  }
+  run_parallel(threads, interrupt, [&](int) {
+    while (done[L - 1].load(std::memory_order_acquire) < chunks) {
+      bool worked = false;
+      for (size_t l = L; l-- > 0 && !worked;) {
+        const auto ready = [&] {
+          const int64_t next = done[l].load(std::memory_order_acquire);
+          return next < chunks && (l == 0 || done[l - 1].load(std::memory_order_acquire) > next);
+        };
+        if (!ready() || taken[l].exchange(true, std::memory_order_acquire)) continue;
+        if (ready()) {  // still, now that the layer is ours
+          const int64_t chunk = done[l].load(std::memory_order_relaxed);
+          layers[l].run_here(chunk, chunk + 1);
+          done[l].store(chunk + 1, std::memory_order_release);
+          worked = true;
+        }
+        taken[l].store(false, std::memory_order_release);
+      }
+      if (interrupt != nullptr && interrupt_tick(interrupt)) return;
+      if (!worked) std::this_thread::yield();
+    }
+  });
+}
+
 template <class T>
 void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
   const FpEnv env;
@@ -78,17 +117,27 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
   const int W = kernels.width;
   const int64_t B = call.batch, DH = spec.H * spec.directions, S = ceil_div(spec.H, W);
   const CellTraits traits = cell_traits(spec.kind);
-  const int64_t chunk_rows = plan_chunk_rows(S * traits.slots * W, sizeof(T), false);
+  const bool waves = plan_wavefront(call.threads, spec.layers, spec.directions, call.steps, B,
+                                    traits.gates * spec.H * spec.H);
+  const int64_t chunk_rows =
+      waves ? plan_wave_rows(call.steps, B)
+            : plan_chunk_rows(S * traits.slots * W, static_cast<int>(sizeof(T)), false);
   const ScheduleBuilder schedule(call.steps, B, call.lengths, chunk_rows);
-  Buffer state = make_buffer<T>(spec.directions * S * B * W, traits.has_cell ? 2 : 1);
-  // Outputs between layers, alternating.
-  Buffer between[2];
-  for (int i = 0; i < std::min(2, spec.layers - 1); ++i)
-    between[i] = make_buffer<T>(call.steps * B, DH);
+  const int32_t* const order = schedule.get().order;
+  const int64_t state_size = S * B * W, count = positions(call.steps, B, call.lengths, call.starts);
+  // States of all layers, and the outputs between layers: one each for a wavefront, else two in
+  // turn.
+  Buffer state = make_buffer<T>(spec.count() * state_size, traits.has_cell ? 2 : 1);
+  std::vector<Buffer> between;
+  for (int l = 0; l + 1 < spec.layers && (waves || l < 2); ++l)
+    between.push_back(make_buffer<T>(count, DH));
+  const auto output_of = [&](int l) {
+    return between[static_cast<size_t>(l) % between.size()].template data<T>();
+  };
 
+  std::vector<LayerForward<T>> layers;
   for (int l = 0; l < spec.layers; ++l) {
     const bool last = l + 1 == spec.layers;
-    T* const y = last ? call.y : between[l % 2].template data<T>();
     std::vector<ForwardArgs<T>> directions;
     for (int d = 0; d < spec.directions; ++d) {
       ForwardArgs<T> a = {};
@@ -97,36 +146,35 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
       a.reverse = d == 1;
       a.schedule = &schedule.get();
       a.input = call.input;
-      if (l > 0) a.input = {between[(l - 1) % 2].template data<T>(), nullptr, B * DH, DH, {}};
+      if (l > 0) a.input = {output_of(l - 1), nullptr, dense_layout(DH, B, call.starts), {}};
       a.reset = call.reset;
       a.weights = stack.layer(l, d);
-      a.h = state.template data<T>() + d * S * B * W;
-      a.c = traits.has_cell ? a.h + spec.directions * S * B * W : nullptr;
+      a.h = state.template data<T>() + spec.index(l, d) * state_size;
+      a.c = traits.has_cell ? a.h + spec.count() * state_size : nullptr;
       a.state_rows = B;
-      a.y = y + d * spec.H;
-      a.y_stride_t = last ? call.y_stride_t : B * DH;
-      a.y_stride_b = last ? call.y_stride_b : DH;
+      a.y = (last ? call.y : output_of(l)) + d * spec.H;
+      a.y_layout = last ? call.y_layout : dense_layout(DH, B, call.starts);
       a.interrupt = call.interrupt;
-      load_state(call.h0, spec.index(l, d), schedule.get().order, B, spec.H, W, a.h);
-      if (a.c != nullptr)
-        load_state(call.c0, spec.index(l, d), schedule.get().order, B, spec.H, W, a.c);
+      load_state(call.h0, spec.index(l, d), order, B, spec.H, W, a.h);
+      if (a.c != nullptr) load_state(call.c0, spec.index(l, d), order, B, spec.H, W, a.c);
       directions.push_back(a);
     }
-    LayerForward<T> layer(kernels, spec.kind, directions, schedule, call.threads);
-    layer.run(0, schedule.get().chunks, call.interrupt);
-    for (int d = 0; d < spec.directions; ++d) {
-      const ForwardArgs<T>& a = directions[static_cast<size_t>(d)];
-      store_state(a.h, spec.index(l, d), schedule.get().order, B, spec.H, W, call.hn);
-      if (a.c != nullptr)
-        store_state(a.c, spec.index(l, d), schedule.get().order, B, spec.H, W, call.cn);
+    layers.emplace_back(kernels, spec.kind, directions, schedule, waves ? 1 : call.threads);
+    if (!waves) {
+      layers.back().run(0, schedule.get().chunks, call.interrupt);
+      if (!last) layers.pop_back();
     }
   }
-  if (call.lengths != nullptr) {
-    for (int64_t b = 0; b < B; ++b)
-      for (int64_t t = call.lengths[b]; t < call.steps; ++t)
-        std::memset(call.y + t * call.y_stride_t + b * call.y_stride_b, 0,
-                    sizeof(T) * static_cast<size_t>(DH));
+  if (waves)
+    run_wavefront(layers, schedule.get().chunks, std::min(call.threads, spec.layers),
+                  call.interrupt);
+  for (int i = 0; i < spec.count(); ++i) {
+    const T* const h = state.template data<T>() + i * state_size;
+    store_state(h, i, order, B, spec.H, W, call.hn);
+    if (traits.has_cell)
+      store_state(h + spec.count() * state_size, i, order, B, spec.H, W, call.cn);
   }
+  zero_padding(call.y, call.y_layout, call.steps, B, call.lengths, DH);
 }
 
 template class PackedStack<float>;

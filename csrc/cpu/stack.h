@@ -65,10 +65,11 @@ struct StackCall {
   int64_t steps, batch;
   LayerInput<T> input;     // dropout unused: it acts between layers
   const int64_t* lengths;  // (B) or null
+  const int64_t* starts;   // (B): the layouts are ragged and the rows stand here; or null
   ResetMask reset;
   const T *h0, *c0;  // null: zeros
   T* y;              // (T, B, D*H), features contiguous; wholly written
-  int64_t y_stride_t, y_stride_b;
+  Layout y_layout;
   T *hn, *cn;  // out
   int threads;
   Interrupt* interrupt;
@@ -85,10 +86,10 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call);
 template <class T>
 struct BackwardCall {
   const T* dy;  // (T, B, D*H), features contiguous, or null
-  int64_t dy_stride_t, dy_stride_b;
+  Layout dy_layout;
   const T *dhn, *dcn;  // (L*D, B, H) or null
   T* dx;               // (T, B, I) zeroed, or null
-  int64_t dx_stride_t, dx_stride_b;
+  Layout dx_layout;
   T *dh0, *dc0;  // out
   std::vector<LayerGradients<T>> gradients;
   int threads;

@@ -38,13 +38,13 @@ struct StackStream<T>::State {
       a.I = spec().input_size(l);
       a.H = H;
       a.schedule = &schedule.get();
-      a.input = {l == 0 ? nullptr : y + (l - 1) % 2 * B * H, nullptr, 0, H, {}};
+      a.input = {l == 0 ? nullptr : y + (l - 1) % 2 * B * H, nullptr, {0, H, nullptr}, {}};
       a.weights = stack->layer(l, 0);
       a.h = h(l);
       a.c = cell_traits(spec().kind).has_cell ? c(l) : nullptr;
       a.state_rows = B;
       a.y = y + l % 2 * B * H;
-      a.y_stride_b = H;
+      a.y_layout = {0, H, nullptr};
       layers.emplace_back(stack->kernels(), spec().kind, std::vector<ForwardArgs<T>>{a}, schedule,
                           get_num_threads());
     }
@@ -65,7 +65,7 @@ void StackStream<T>::step(const T* x, const int64_t* ids, int64_t stride_b, T* y
   ForwardArgs<T>& first = state_->layers.front().directions()[0];
   first.input.x = x;
   first.input.ids = ids;
-  first.input.stride_b = stride_b;
+  first.input.layout.stride_b = stride_b;
   state_->layers.back().directions()[0].y = y;
   for (LayerForward<T>& layer : state_->layers) {
     layer.directions()[0].interrupt = interrupt;

@@ -48,7 +48,8 @@ struct StackTape<T>::State {
 
   std::shared_ptr<const PackedStack<T>> stack;
   int64_t steps, batch, checkpoint_every;
-  std::vector<int64_t> lengths;
+  std::vector<int64_t> lengths, starts_memory;
+  const int64_t* starts;  // (B): rows stand one after the other in the caller's arrays; or null
   std::vector<int64_t> ids;
   std::vector<uint8_t> reset_memory;
   ResetMask reset = {};
@@ -63,6 +64,10 @@ struct StackTape<T>::State {
         lengths(call.lengths == nullptr
                     ? std::vector<int64_t>()
                     : std::vector<int64_t>(call.lengths, call.lengths + call.batch)),
+        starts_memory(call.starts == nullptr
+                          ? std::vector<int64_t>()
+                          : std::vector<int64_t>(call.starts, call.starts + call.batch)),
+        starts(call.starts == nullptr ? nullptr : starts_memory.data()),
         schedule(call.steps, call.batch, call.lengths, plan_chunk_rows(0, sizeof(T), true),
                  call.checkpoint_every) {}
 
@@ -71,19 +76,23 @@ struct StackTape<T>::State {
   int64_t state_size() const { return ceil_div(spec().H, width()) * batch * width(); }
   bool one_hot(int layer) const { return layer == 0 && !ids.empty(); }
 
+  const int64_t* lengths_data() const { return lengths.empty() ? nullptr : lengths.data(); }
+  int64_t positions() const { return fastrnn::positions(steps, batch, lengths_data(), starts); }
+  Layout layout(int64_t cols) const { return dense_layout(cols, batch, starts); }
+
   // A private copy of the call's masks and ids, so that the caller may reuse the arrays.
   void keep_call(const StackCall<T>& call) {
-    const auto copy = [&](const auto* src, int64_t stride_t, int64_t stride_b, auto& dst) {
-      dst.resize(static_cast<size_t>(steps * batch));
-      for (int64_t t = 0; t < steps; ++t)
-        for (int64_t b = 0; b < batch; ++b)
-          dst[static_cast<size_t>(t * batch + b)] = src[t * stride_t + b * stride_b];
+    const auto copy = [&](const auto* src, const Layout& from, auto& dst) {
+      dst.resize(static_cast<size_t>(positions()));
+      for_positions(steps, batch, starts == nullptr ? nullptr : lengths_data(),
+                    [&](int64_t t, int64_t b) {
+                      dst[static_cast<size_t>(layout(1).at(t, b))] = src[from.at(t, b)];
+                    });
     };
-    if (call.input.ids != nullptr)
-      copy(call.input.ids, call.input.stride_t, call.input.stride_b, ids);
+    if (call.input.ids != nullptr) copy(call.input.ids, call.input.layout, ids);
     if (call.reset.data != nullptr) {
-      copy(call.reset.data, call.reset.stride_t, call.reset.stride_b, reset_memory);
-      reset = {reset_memory.data(), batch, 1};
+      copy(call.reset.data, call.reset.layout, reset_memory);
+      reset = {reset_memory.data(), layout(1)};
     }
   }
 
@@ -103,10 +112,10 @@ struct StackTape<T>::State {
   }
 
   void forward(const StackCall<T>& call);
-  void forward_layer(int layer, const StackCall<T>& call, T* y, int64_t stride_t, int64_t stride_b);
+  void forward_layer(int layer, const StackCall<T>& call, T* y, const Layout& y_layout);
   void backward(const BackwardCall<T>& call);
-  void backward_layer(int layer, const BackwardCall<T>& call, const T* dy, int64_t dy_t,
-                      int64_t dy_b, T* dx, int64_t dx_t, int64_t dx_b);
+  void backward_layer(int layer, const BackwardCall<T>& call, const T* dy, const Layout& dy_layout,
+                      T* dx, const Layout& dx_layout);
 };
 
 template <class T>
@@ -118,44 +127,39 @@ void StackTape<T>::State::forward(const StackCall<T>& call) {
   for (int l = 0; l < spec().layers; ++l) {
     Layer& layer = layers[static_cast<size_t>(l)];
     if (one_hot(l)) {
-      layer.input = {nullptr, ids.data(), batch, 1, {}};
+      layer.input = {nullptr, ids.data(), layout(1), {}};
     } else if (l == 0) {
       layer.input = call.input;
-      if (checkpoint_every >
-          0) {  // the caller's x may change; slabs, which hold a copy, are not kept
-        layer.input_memory = make_buffer<T>(steps * batch, spec().I);
+      if (checkpoint_every > 0) {
+        // The caller's x may change, and the slabs, which hold a copy of it, are not kept.
+        const int64_t I = spec().I;
+        layer.input_memory = make_buffer<T>(positions(), I);
         T* const copy = layer.input_memory.template data<T>();
-        for (int64_t t = 0; t < steps; ++t)
-          for (int64_t b = 0; b < batch; ++b)
-            std::memcpy(copy + (t * batch + b) * spec().I,
-                        call.input.x + t * call.input.stride_t + b * call.input.stride_b,
-                        sizeof(T) * static_cast<size_t>(spec().I));
-        layer.input = {copy, nullptr, batch * spec().I, spec().I, {}};
+        for_positions(steps, batch, lengths_data(), [&](int64_t t, int64_t b) {
+          std::memcpy(copy + layout(I).at(t, b), call.input.x + call.input.layout.at(t, b),
+                      sizeof(T) * static_cast<size_t>(I));
+        });
+        layer.input = {copy, nullptr, layout(I), {}};
       }
     } else {
       const uint64_t key = scalar::splitmix64(call.dropout_key + static_cast<uint64_t>(l));
-      layer.input = {previous.template data<T>(), nullptr, batch * DH, DH,
+      layer.input = {previous.template data<T>(), nullptr, layout(DH),
                      dropout_mask(call.dropout, key)};
       if (checkpoint_every > 0) layer.input_memory = std::move(previous);
     }
     const bool last = l + 1 == spec().layers;
-    Buffer output = last ? Buffer() : make_buffer<T>(steps * batch, DH);
+    Buffer output = last ? Buffer() : make_buffer<T>(positions(), DH);
     T* const y = last ? call.y : output.template data<T>();
-    forward_layer(l, call, y, last ? call.y_stride_t : batch * DH, last ? call.y_stride_b : DH);
+    forward_layer(l, call, y, last ? call.y_layout : layout(DH));
     previous = std::move(output);
     if (checkpoint_every == 0 && !one_hot(l)) layer.input.x = nullptr;  // its rows are in the slabs
   }
-  if (!lengths.empty()) {
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t t = lengths[static_cast<size_t>(b)]; t < steps; ++t)
-        std::memset(call.y + t * call.y_stride_t + b * call.y_stride_b, 0,
-                    sizeof(T) * static_cast<size_t>(DH));
-  }
+  zero_padding(call.y, call.y_layout, steps, batch, lengths_data(), DH);
 }
 
 template <class T>
-void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y, int64_t stride_t,
-                                        int64_t stride_b) {
+void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y,
+                                        const Layout& y_layout) {
   Layer& layer = layers[static_cast<size_t>(l)];
   const Schedule& s = schedule.get();
   const int D = spec().directions, W = width();
@@ -168,8 +172,7 @@ void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y, i
     a.h = state.template data<T>() + d * size;
     a.c = has_cell ? a.h + D * size : nullptr;
     a.y = y + d * spec().H;
-    a.y_stride_t = stride_t;
-    a.y_stride_b = stride_b;
+    a.y_layout = y_layout;
     if (checkpoint_every == 0) {
       layer.slabs.emplace_back(spec(), W, s.rows_before[s.chunks], spec().input_size(l),
                                one_hot(l));
@@ -208,24 +211,20 @@ void StackTape<T>::State::backward(const BackwardCall<T>& call) {
   const int64_t DH = spec().H * spec().directions;
   Buffer above;  // the gradient of this layer's output
   const T* dy = call.dy;
-  int64_t dy_t = call.dy_stride_t, dy_b = call.dy_stride_b;
+  Layout dy_layout = call.dy_layout;
   for (int l = spec().layers - 1; l >= 0; --l) {
     Buffer below;
     T* dx = call.dx;
-    int64_t dx_t = call.dx_stride_t, dx_b = call.dx_stride_b;
     if (l > 0) {
-      below = make_buffer<T>(steps * batch, DH);
+      below = make_buffer<T>(positions(), DH);
       dx = below.template data<T>();
-      dx_t = batch * DH;
-      dx_b = DH;
-      std::memset(dx, 0, sizeof(T) * static_cast<size_t>(steps * batch * DH));
+      std::memset(dx, 0, sizeof(T) * static_cast<size_t>(positions() * DH));
     }
-    backward_layer(l, call, dy, dy_t, dy_b, dx, dx_t, dx_b);
+    backward_layer(l, call, dy, dy_layout, dx, l > 0 ? layout(DH) : call.dx_layout);
     layers[static_cast<size_t>(l)] = Layer();  // freed as soon as it is used
     above = std::move(below);
     dy = above.template data<T>();
-    dy_t = batch * DH;
-    dy_b = DH;
+    dy_layout = layout(DH);
   }
 }
 
@@ -246,8 +245,7 @@ void add_bias_gradients(CellKind kind, int64_t H, int W, const T* acc, const Lay
 
 template <class T>
 void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, const T* dy,
-                                         int64_t dy_t, int64_t dy_b, T* dx, int64_t dx_t,
-                                         int64_t dx_b) {
+                                         const Layout& dy_layout, T* dx, const Layout& dx_layout) {
   Layer& layer = layers[static_cast<size_t>(l)];
   const Kernels<T>& k = stack->kernels();
   const Schedule& s = schedule.get();
@@ -285,12 +283,10 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.input = layer.input;
     a.reset = reset;
     a.dy = dy == nullptr ? nullptr : dy + d * H;
-    a.dy_stride_t = dy_t;
-    a.dy_stride_b = dy_b;
+    a.dy_layout = dy_layout;
     a.state_rows = batch;
     a.dx = dx;
-    a.dx_stride_t = dx_t;
-    a.dx_stride_b = dx_b;
+    a.dx_layout = dx_layout;
     a.w_hh = take(n_hh);
     a.w_ih = want_dx ? take(n_wide) : nullptr;
     a.dw_hh = take(n_hh);

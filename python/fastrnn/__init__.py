@@ -20,6 +20,7 @@ from fastrnn._core import Stream, available_threads, get_num_threads, set_num_th
 from fastrnn._frozen import Frozen
 from fastrnn._layers import GRU, LSTM, RNN
 from fastrnn._params import Gradients
+from fastrnn._ragged import Ragged
 from fastrnn._tape import Tape
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "RNN",
     "Frozen",
     "Gradients",
+    "Ragged",
     "Stream",
     "Tape",
     "__version__",

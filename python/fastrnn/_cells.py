@@ -91,7 +91,9 @@ def parameter_shapes(
     return shapes
 
 
-def infer(family: Family, variant: str, weights: Mapping[str, Any]) -> tuple[Network, dict[str, Array]]:
+def infer(
+    family: Family, variant: str, weights: Mapping[str, Any]
+) -> tuple[Network, dict[str, Array]]:
     """The network that ``weights`` (PyTorch's names) describe, and the weights as arrays.
 
     Raises:
@@ -110,7 +112,9 @@ def infer(family: Family, variant: str, weights: Mapping[str, Any]) -> tuple[Net
     for name, array in arrays.items():
         if array.dtype.newbyteorder("=") != dtype or dtype not in ("float32", "float64"):
             expected = dtype if dtype in ("float32", "float64") else "float32 or float64"
-            raise TypeError(f"weights[{name!r}]: expected an array of {expected}, got {array.dtype}")
+            raise TypeError(
+                f"weights[{name!r}]: expected an array of {expected}, got {array.dtype}"
+            )
     for name in ("weight_ih_l0", "weight_hh_l0"):
         if arrays[name].ndim != 2 or 0 in arrays[name].shape:
             raise ValueError(

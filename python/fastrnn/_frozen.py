@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from fastrnn import _check, _core
+from fastrnn import _check, _core, _tape
 from fastrnn._cells import Network
 from fastrnn._params import Array
 
@@ -29,18 +29,15 @@ class Frozen:
 
     def __call__(
         self,
-        x: npt.ArrayLike,
+        x: Any,
         state: Any = None,
         *,
         lengths: npt.ArrayLike | None = None,
-        reset: npt.ArrayLike | None = None,
+        reset: Any = None,
         threads: int | None = None,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Any, Any]:
         """Inference, as the layer's own call: (y, state)."""
-        result: tuple[Array, Any] = self._packed.forward(
-            x, state, lengths, reset, self._batch_first, threads
-        )
-        return result
+        return _tape.infer(self._packed, x, state, lengths, reset, self._batch_first, threads)
 
     def stream(self, batch_size: int = 1) -> _core.Stream:
         """A running state for ``batch_size`` sequences that advance one step at a time.

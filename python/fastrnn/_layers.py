@@ -98,18 +98,20 @@ class _Recurrent(Module):
 
     def __call__(
         self,
-        x: npt.ArrayLike,
+        x: Any,
         state: State = None,
         *,
         lengths: npt.ArrayLike | None = None,
-        reset: npt.ArrayLike | None = None,
+        reset: Any = None,
         threads: int | None = None,
-    ) -> tuple[Array, State]:
+    ) -> tuple[Any, State]:
         """Inference: the outputs and the final state. Nothing is saved, no dropout.
 
         Args:
             x: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I) without a batch; or integers
-                of shape (T, B), (B, T) or (T,), which stand for one-hot rows. Any strides.
+                of shape (T, B), (B, T) or (T,), which stand for one-hot rows. Any strides. Or
+                sequences of different lengths without padding: a list of arrays (T_b, I) or (T_b,),
+                or ``fastrnn.Ragged(values, offsets)``; y and reset then have the same form.
             state: Initial h of shape (L·D, B, H), or (L·D, H) without a batch; for an LSTM the pair
                 (h, c). None for zeros.
             lengths: (B,) integers from 0 to T: the steps of each row. Outputs past them are 0, the
@@ -128,21 +130,18 @@ class _Recurrent(Module):
             ValueError: An argument's shape or values; the message says what was expected.
         """
         packed = self._network.pack(self.params, threads)
-        result: tuple[Array, State] = packed.forward(
-            x, state, lengths, reset, self.batch_first, threads
-        )
-        return result
+        return _tape.infer(packed, x, state, lengths, reset, self.batch_first, threads)
 
     def forward(
         self,
-        x: npt.ArrayLike,
+        x: Any,
         state: State = None,
         *,
         lengths: npt.ArrayLike | None = None,
-        reset: npt.ArrayLike | None = None,
+        reset: Any = None,
         threads: int | None = None,
         checkpoint_every: int | None = None,
-    ) -> tuple[Array, State, Tape]:
+    ) -> tuple[Any, State, Tape]:
         """The forward pass of training: as a call, with dropout, and a tape to go back through.
 
         Args:

@@ -1,4 +1,4 @@
-"""Running a packed network in training: the forward pass, and the tape that goes back through it."""
+"""Running a packed network: inference, the forward pass of training, and the tape that goes back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import _check, _core
+from fastrnn import _check, _core, _ragged
 from fastrnn._cells import Network
 from fastrnn._params import Array, Gradients, accumulators
 
-__all__ = ["Tape", "forward"]
+__all__ = ["Tape", "forward", "infer"]
 
 State = Any  # h (L·D, B, H); for an LSTM the pair (h, c)
 
@@ -26,11 +26,20 @@ class Tape:
         dropout_key: The key of the dropout masks between layers, or None without dropout.
     """
 
-    __slots__ = ("_network", "_tape", "dropout_key")
+    __slots__ = ("_form", "_network", "_offsets", "_tape", "dropout_key")
 
-    def __init__(self, network: Network, tape: _core.Tape, dropout_key: int | None) -> None:
+    def __init__(
+        self,
+        network: Network,
+        tape: _core.Tape,
+        dropout_key: int | None,
+        offsets: Array | None,
+        form: _ragged.Form,
+    ) -> None:
         self._network = network
         self._tape = tape
+        self._offsets = offsets  # of a ragged batch
+        self._form = form  # the form of x
         self.dropout_key = dropout_key
 
     @property
@@ -54,13 +63,13 @@ class Tape:
         """Exact back-propagation through time (Werbos 1990). Uses the tape up.
 
         Args:
-            dy: Gradient of the output, in its shape and dtype; None for zeros.
+            dy: Gradient of the output, in its form, shape and dtype; None for zeros.
             dstate: Gradient of the final state, in the state's form; None for zeros.
             into: A dict like ``Gradients.params`` to add the parameters' gradients to.
             threads: At most this many threads; the bits do not depend on it.
 
         Returns:
-            ``Gradients``: ``x`` in the input's shape (None for integer input), ``state`` in the
+            ``Gradients``: ``x`` in the input's form and shape (None for integer input), ``state`` in the
             state's form, ``params`` by name. Accurate to 5e-6 (float32) or 1e-12 (float64) of each
             array's largest element.
 
@@ -71,30 +80,57 @@ class Tape:
         if self._tape.consumed:
             raise RuntimeError("tape: expected one that was not used yet; backward uses it up")
         grads = accumulators(self._network.shapes(), self._network.dtype, into)
+        dy = _ragged.values_of("dy", dy, self._offsets)
         dx, dinitial = self._tape.backward(dy, dstate, list(grads.values()), threads)
-        return Gradients(dx, dinitial, grads)
+        return Gradients(None if dx is None else self._form(dx), dinitial, grads)
+
+
+def infer(
+    packed: _core.Packed,
+    x: Any,
+    state: State,
+    lengths: npt.ArrayLike | None,
+    reset: Any,
+    batch_first: bool,
+    threads: int | None,
+) -> tuple[Any, State]:
+    """Inference, of every layer, frozen network and function."""
+    values, offsets, form = _ragged.split(x)
+    reset = _ragged.values_of("reset", reset, offsets)
+    y, final = packed.forward(values, state, lengths, offsets, reset, batch_first, threads)
+    return form(y), final
 
 
 def forward(
     network: Network,
     packed: _core.Packed,
-    x: npt.ArrayLike,
+    x: Any,
     state: State,
     *,
     lengths: npt.ArrayLike | None,
-    reset: npt.ArrayLike | None,
+    reset: Any,
     batch_first: bool,
     threads: int | None,
     dropout: float,
     dropout_key: int | None,
     checkpoint_every: int | None,
-) -> tuple[Array, State, Tape]:
+) -> tuple[Any, State, Tape]:
     """The training forward pass of every layer and of ``functional.*_forward``."""
     every = 0 if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every)
+    values, offsets, form = _ragged.split(x)
     y, final, tape = packed.forward_training(
-        x, state, lengths, reset, batch_first, threads, dropout, dropout_key or 0, every
+        values,
+        state,
+        lengths,
+        offsets,
+        _ragged.values_of("reset", reset, offsets),
+        batch_first,
+        threads,
+        dropout,
+        dropout_key or 0,
+        every,
     )
-    return y, final, Tape(network, tape, dropout_key)
+    return form(y), final, Tape(network, tape, dropout_key, offsets, form)
 
 
 def draw_key(rng: np.random.Generator) -> int:

@@ -39,59 +39,59 @@ Weights = Mapping[str, npt.ArrayLike]
 
 
 def rnn(
-    x: npt.ArrayLike,
+    x: Any,
     weights: Weights,
     state: State = None,
     *,
     nonlinearity: str = "tanh",
     lengths: npt.ArrayLike | None = None,
-    reset: npt.ArrayLike | None = None,
+    reset: Any = None,
     batch_first: bool = False,
     threads: int | None = None,
-) -> tuple[Array, State]:
+) -> tuple[Any, State]:
     """Inference of simple recurrent layers (Elman 1990): (y, h)."""
     variant = variant_of("rnn", nonlinearity=nonlinearity)
     return _infer("rnn", variant, x, weights, state, lengths, reset, batch_first, threads)
 
 
 def lstm(
-    x: npt.ArrayLike,
+    x: Any,
     weights: Weights,
     state: State = None,
     *,
     lengths: npt.ArrayLike | None = None,
-    reset: npt.ArrayLike | None = None,
+    reset: Any = None,
     batch_first: bool = False,
     threads: int | None = None,
-) -> tuple[Array, State]:
+) -> tuple[Any, State]:
     """Inference of LSTM layers (Hochreiter & Schmidhuber 1997): (y, (h, c))."""
     return _infer("lstm", "", x, weights, state, lengths, reset, batch_first, threads)
 
 
 def gru(
-    x: npt.ArrayLike,
+    x: Any,
     weights: Weights,
     state: State = None,
     *,
     reset_after: bool = True,
     lengths: npt.ArrayLike | None = None,
-    reset: npt.ArrayLike | None = None,
+    reset: Any = None,
     batch_first: bool = False,
     threads: int | None = None,
-) -> tuple[Array, State]:
+) -> tuple[Any, State]:
     """Inference of GRU layers (Cho et al. 2014): (y, h)."""
     variant = variant_of("gru", reset_after=reset_after)
     return _infer("gru", variant, x, weights, state, lengths, reset, batch_first, threads)
 
 
 def rnn_forward(
-    x: npt.ArrayLike,
+    x: Any,
     weights: Weights,
     state: State = None,
     *,
     nonlinearity: str = "tanh",
     **options: Any,
-) -> tuple[Array, State, Tape]:
+) -> tuple[Any, State, Tape]:
     """Training forward pass of simple recurrent layers: (y, h, tape).
 
     Options: lengths, reset, batch_first, threads, dropout, dropout_key, checkpoint_every.
@@ -101,20 +101,20 @@ def rnn_forward(
 
 
 def lstm_forward(
-    x: npt.ArrayLike, weights: Weights, state: State = None, **options: Any
-) -> tuple[Array, State, Tape]:
+    x: Any, weights: Weights, state: State = None, **options: Any
+) -> tuple[Any, State, Tape]:
     """Training forward pass of LSTM layers: (y, (h, c), tape). Options as for ``rnn_forward``."""
     return _forward("lstm", "", x, weights, state, **options)
 
 
 def gru_forward(
-    x: npt.ArrayLike,
+    x: Any,
     weights: Weights,
     state: State = None,
     *,
     reset_after: bool = True,
     **options: Any,
-) -> tuple[Array, State, Tape]:
+) -> tuple[Any, State, Tape]:
     """Training forward pass of GRU layers: (y, h, tape). Options as for ``rnn_forward``."""
     variant = variant_of("gru", reset_after=reset_after)
     return _forward("gru", variant, x, weights, state, **options)
@@ -164,44 +164,44 @@ def _own_tape(family: Family, tape: Tape) -> Tape:
     if not isinstance(tape, Tape):
         raise TypeError(f"tape: expected what {family}_forward returned, got {type(tape).__name__}")
     if tape.family != family:
-        raise RuntimeError(f"tape: expected one of {family}_forward, got one of {tape.family}_forward")
+        raise RuntimeError(
+            f"tape: expected one of {family}_forward, got one of {tape.family}_forward"
+        )
     return tape
 
 
 def _infer(
     family: Family,
     variant: str,
-    x: npt.ArrayLike,
+    x: Any,
     weights: Weights,
     state: State,
     lengths: npt.ArrayLike | None,
-    reset: npt.ArrayLike | None,
+    reset: Any,
     batch_first: bool,
     threads: int | None,
-) -> tuple[Array, State]:
+) -> tuple[Any, State]:
     network, arrays = infer(family, variant, weights)
     packed = network.pack(arrays, threads)
-    result: tuple[Array, State] = packed.forward(
-        x, state, lengths, reset, _check.flag("batch_first", batch_first), threads
-    )
-    return result
+    first = _check.flag("batch_first", batch_first)
+    return _tape.infer(packed, x, state, lengths, reset, first, threads)
 
 
 def _forward(
     family: Family,
     variant: str,
-    x: npt.ArrayLike,
+    x: Any,
     weights: Weights,
     state: State,
     *,
     lengths: npt.ArrayLike | None = None,
-    reset: npt.ArrayLike | None = None,
+    reset: Any = None,
     batch_first: bool = False,
     threads: int | None = None,
     dropout: float = 0.0,
     dropout_key: int | None = None,
     checkpoint_every: int | None = None,
-) -> tuple[Array, State, Tape]:
+) -> tuple[Any, State, Tape]:
     network, arrays = infer(family, variant, weights)
     p = _check.probability("dropout", dropout)
     key: int | None = None
