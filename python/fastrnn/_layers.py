@@ -141,6 +141,7 @@ class _Recurrent(Module):
         reset: Any = None,
         threads: int | None = None,
         checkpoint_every: int | None = None,
+        tbptt: tuple[int, int] | None = None,
     ) -> tuple[Any, State, Tape]:
         """The forward pass of training: as a call, with dropout, and a tape to go back through.
 
@@ -152,9 +153,23 @@ class _Recurrent(Module):
             threads: As for a call.
             checkpoint_every: Keep only every k-th state and run the steps in between again on the
                 way back (Chen et al. 2016): memory O(T/k + k) instead of O(T), the same bits.
+            tbptt: (k1, k2), k2 ≥ k1: truncated back-propagation through time, BPTT(k2; k1) of
+                Williams & Peng 1990. Every k1 steps the losses of the last k1 steps go back through
+                at most k2 steps: the loss of step t reaches back to step s and no further,
+                s = max(0, (⌊t/k1⌋ + 1)·k1 - k2), where the state of all layers is a constant. The
+                bits of y and state are the same; ``dstate`` goes back through a row's last window
+                only, and the gradient of the initial state comes from the windows that begin at
+                step 0. Memory O(k2) beside the input, k2/k1 times the work and one more inference
+                (two where k2 > k1).
 
         Returns:
-            (y, state, tape); ``tape.backward(dy, dstate)`` gives the exact gradients.
+            (y, state, tape); ``tape.backward(dy, dstate)`` gives the gradients, exact ones unless
+            ``tbptt`` truncates them.
+
+        Raises:
+            TypeError, ValueError: As for a call; ``tbptt`` is not a pair of integers 1 ≤ k1 ≤ k2,
+                or comes with ``checkpoint_every``, dropout between layers or a second direction,
+                which starts at the end of the sequence: a window has no state to start it from.
         """
         key = _tape.draw_key(self.rng) if self.dropout > 0 and self.num_layers > 1 else None
         return _tape.forward(
@@ -169,6 +184,7 @@ class _Recurrent(Module):
             dropout=self.dropout,
             dropout_key=key,
             checkpoint_every=checkpoint_every,
+            tbptt=tbptt,
         )
 
     def freeze(self, weights: str | None = None) -> Frozen:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import _check, _core, _ragged
+from fastrnn import _check, _core, _ragged, _tbptt
 from fastrnn._cells import Network
 from fastrnn._params import Array, Gradients, accumulators
 
@@ -31,7 +31,7 @@ class Tape:
     def __init__(
         self,
         network: Network,
-        tape: _core.Tape,
+        tape: _core.Tape | _tbptt.Windows,
         dropout_key: int | None,
         offsets: Array | None,
         form: _ragged.Form,
@@ -61,6 +61,8 @@ class Tape:
         threads: int | None = None,
     ) -> Gradients[State]:
         """Exact back-propagation through time (Werbos 1990). Uses the tape up.
+
+        After a forward pass with ``tbptt`` it is truncated instead (``fastrnn._tbptt``).
 
         Args:
             dy: Gradient of the output, in its form, shape and dtype; None for zeros.
@@ -114,11 +116,12 @@ def forward(
     dropout: float,
     dropout_key: int | None,
     checkpoint_every: int | None,
+    tbptt: tuple[int, int] | None,
 ) -> tuple[Any, State, Tape]:
     """The training forward pass of every layer and of ``functional.*_forward``."""
     every = 0 if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every)
     values, offsets, form = _ragged.split(x)
-    y, final, tape = packed.forward_training(
+    call = (
         values,
         state,
         lengths,
@@ -126,10 +129,12 @@ def forward(
         _ragged.values_of("reset", reset, offsets),
         batch_first,
         threads,
-        dropout,
-        dropout_key or 0,
-        every,
     )
+    tape: _core.Tape | _tbptt.Windows
+    if tbptt is None:
+        y, final, tape = packed.forward_training(*call, dropout, dropout_key or 0, every)
+    else:
+        y, final, tape = _tbptt.forward(network, packed, *call, dropout, every, tbptt)
     return form(y), final, Tape(network, tape, dropout_key, offsets, form)
 
 

@@ -94,7 +94,7 @@ def rnn_forward(
 ) -> tuple[Any, State, Tape]:
     """Training forward pass of simple recurrent layers: (y, h, tape).
 
-    Options: lengths, reset, batch_first, threads, dropout, dropout_key, checkpoint_every.
+    Options: lengths, reset, batch_first, threads, dropout, dropout_key, checkpoint_every, tbptt.
     """
     variant = variant_of("rnn", nonlinearity=nonlinearity)
     return _forward("rnn", variant, x, weights, state, **options)
@@ -201,6 +201,7 @@ def _forward(
     dropout: float = 0.0,
     dropout_key: int | None = None,
     checkpoint_every: int | None = None,
+    tbptt: tuple[int, int] | None = None,
 ) -> tuple[Any, State, Tape]:
     network, arrays = infer(family, variant, weights)
     p = _check.probability("dropout", dropout)
@@ -221,4 +222,5 @@ def _forward(
         dropout=p,
         dropout_key=key,
         checkpoint_every=checkpoint_every,
+        tbptt=tbptt,
     )
