@@ -70,6 +70,7 @@ MAY_IMPORT = {
     "fastrnn": ("fastrnn", "numpy"),
     "fastrnn.reference": ("numpy",),  # the specification stands alone
     "fastrnn.io": ("fastrnn", "numpy", "safetensors"),
+    "fastrnn._threadpoolctl": ("fastrnn", "threadpoolctl"),  # where it is installed
     "fastrnn.cli": ("fastrnn", "numpy", "click", "rich", "matplotlib"),
     "fastrnn._charlm": ("fastrnn", "numpy", "rich", "matplotlib"),  # the command line's engine room
     "fastrnn.interop": ("fastrnn", "numpy", "torch", "jax"),

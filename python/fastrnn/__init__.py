@@ -22,6 +22,8 @@ from fastrnn._layers import GRU, LSTM, RNN
 from fastrnn._params import Gradients
 from fastrnn._ragged import Ragged
 from fastrnn._tape import Tape
+from fastrnn._threadpoolctl import register_at_import as _register_at_import
+from fastrnn._threadpoolctl import register_threadpoolctl
 
 if TYPE_CHECKING:
     from fastrnn import io, nn, optim, reference
@@ -47,10 +49,13 @@ __all__ = [
     "nn",
     "optim",
     "reference",
+    "register_threadpoolctl",
     "save",
     "set_num_threads",
     "show_config",
 ]
+
+_register_at_import()
 
 _SUBMODULES = ("io", "nn", "optim", "reference")
 
