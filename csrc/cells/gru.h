@@ -21,11 +21,16 @@ struct GruAfter {
   static constexpr int kStateSlot[3] = {0, 1, 2};
 
   template <class V>
-  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[4], V h_prev, V& /*c*/, V& h) {
+  static FASTRNN_HD FASTRNN_INLINE void output(const V (&s)[4], V h_prev, V& /*c*/, V& h) {
+    h = fma(s[1], h_prev - s[3], s[3]);  // (1-z) n + z h
+  }
+
+  template <class V>
+  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[4], V h_prev, V& c, V& h) {
     s[0] = sigmoid(s[0]);
     s[1] = sigmoid(s[1]);
     s[3] = tanh(fma(s[0], s[2], s[3]));
-    h = fma(s[1], h_prev - s[3], s[3]);  // (1-z) n + z h
+    output(s, h_prev, c, h);
   }
 
   template <class V>
@@ -57,11 +62,16 @@ struct GruBefore {
     rh = r * h_prev;
   }
 
+  template <class V>
+  static FASTRNN_HD FASTRNN_INLINE void output(const V (&s)[3], V h_prev, V& /*c*/, V& h) {
+    h = fma(s[1], h_prev - s[2], s[2]);
+  }
+
   // Phase 2.
   template <class V>
-  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[3], V h_prev, V& /*c*/, V& h) {
+  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[3], V h_prev, V& c, V& h) {
     s[2] = tanh(s[2]);
-    h = fma(s[1], h_prev - s[2], s[2]);
+    output(s, h_prev, c, h);
   }
 
   // Phase 1: z, n and the direct path; s[0] still holds r.

@@ -24,13 +24,18 @@ struct Lstm {
   }
 
   template <class V>
-  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[4], V /*h_prev*/, V& c, V& h) {
+  static FASTRNN_HD FASTRNN_INLINE void output(const V (&s)[4], V /*h_prev*/, V& c, V& h) {
+    c = next_cell(s, c);
+    h = s[3] * tanh(c);
+  }
+
+  template <class V>
+  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[4], V h_prev, V& c, V& h) {
     s[0] = sigmoid(s[0]);
     s[1] = sigmoid(s[1]);
     s[2] = tanh(s[2]);
     s[3] = sigmoid(s[3]);
-    c = next_cell(s, c);
-    h = s[3] * tanh(c);
+    output(s, h_prev, c, h);
   }
 
   // dc in: the gradient of c' from the step after; out: the gradient of c.

@@ -55,9 +55,17 @@ struct Rnn {
   static constexpr int kInputSlot[1] = {0};  // the slot that gate g's input product goes to
   static constexpr int kStateSlot[1] = {0};  // the slot that gate g's product with h goes to
 
+  // The new state from the activated slots: the second half of `forward`, and what back-propagation
+  // runs again instead of keeping every state.
   template <class V>
-  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[1], V /*h_prev*/, V& /*c*/, V& h) {
-    h = s[0] = F::value(s[0]);
+  static FASTRNN_HD FASTRNN_INLINE void output(const V (&s)[1], V /*h_prev*/, V& /*c*/, V& h) {
+    h = s[0];
+  }
+
+  template <class V>
+  static FASTRNN_HD FASTRNN_INLINE void forward(V (&s)[1], V h_prev, V& c, V& h) {
+    s[0] = F::value(s[0]);
+    output(s, h_prev, c, h);
   }
 
   // dh in: the gradient of h'; out: what of it reaches h past the gates. s out: gradients of the

@@ -107,11 +107,12 @@ struct ForwardArgs {
   int64_t state_rows;
   T* y;  // out, or null: this direction's columns of (T, B, D*H); written up to each row's length
   Layout y_layout;
-  // Tape, all or none null. Chunk c of each starts at rows_before[c] (less that of first_chunk) *
-  // panels * W.
-  T* gates;   // out [S*slots][rows][W]: pre-activations, then what the cell keeps
-  T* h_prev;  // out [S][rows][W]: the state that each step started from, resets applied
-  T* c_prev;  // the same for c
+  // Tape, all or none null. Chunk c of gates and x_rows starts at rows_before[c] (less that of
+  // first_chunk) * panels * W; of the states at (c - first_chunk) * S * state_rows * W.
+  T* gates;    // out [S*slots][rows][W]: pre-activations, then what the cell keeps
+  T* chunk_h;  // out [S][state_rows][W]: the state before a chunk; those inside follow from the
+               // gates
+  T* chunk_c;  // the same for c
   T* x_rows;  // out [ceil(I/W)][rows][W]: the input rows in processing order, dropout applied; null
               // with ids
   int64_t first_chunk;
@@ -132,10 +133,12 @@ struct BackwardArgs {
   T* dh;  // in: gradient of the final state, out: of the initial one; [S][state_rows][W]
   T* dc;
   int64_t state_rows;
-  T* gates;   // in: the tape; out: gradients of the pre-activations
-  T* h_prev;  // in, as the forward pass wrote them
-  T* c_prev;
+  T* gates;          // in: the tape; out: gradients of the pre-activations
+  const T* chunk_h;  // in, as the forward pass wrote them
+  const T* chunk_c;
   T* x_rows;
+  T* h_prev;  // scratch [S][max_rows][W]: the state that each step of the chunk started from
+  T* c_prev;  // the same for c
   int64_t first_chunk;
   T* rh;  // scratch [S][max_rows][W] for a two-phase cell: r * h_prev, what its n gate multiplied
   T* dx;  // in/out, accumulated: (T, B, I); null if not wanted

@@ -182,14 +182,13 @@ class Forward {
         const int64_t before = (s_.rows_before[chunk] - s_.rows_before[a_.first_chunk]) * W;
         const int64_t stride = s_.rows[chunk] * W;
         gates_ = {a_.gates + before * S_ * Cell::kSlots, stride};
-        h_prev_ = {a_.h_prev + before * S_, stride};
-        if (Cell::kHasCell) c_prev_ = {a_.c_prev + before * S_, stride};
         if (a_.x_rows != nullptr) x_ = {a_.x_rows + before * X_, stride};
       } else {
         gates_ = {scratch, scratch_rows * W};
         x_ = {scratch + S_ * Cell::kSlots * scratch_rows * W, scratch_rows * W};
       }
       if (rows_at(s_, k, j0_, j1_) == 0) break;
+      if (a_.gates != nullptr) save_state(chunk, k, cur);
       gather_inputs(k, end);
       if (share_.team != nullptr && team_barrier(share_.team)) return;
       project_inputs(k, end);
@@ -202,8 +201,6 @@ class Forward {
           if (share_.team != nullptr && team_barrier(share_.team)) return;
         }
         if (a_.gates != nullptr) {
-          copy_rows(cur, 0, h_prev_, row, n, mine_);
-          if (Cell::kHasCell) copy_rows(c_, 0, c_prev_, row, n, mine_);
           step<true>(k, row, n, cur, next);
         } else {
           step<false>(k, row, n, cur, next);
@@ -345,6 +342,14 @@ class Forward {
     }
   }
 
+  // The tape keeps the state before each chunk; the states inside it follow from the slots.
+  void save_state(int64_t chunk, int64_t k, const Panels<T>& cur) const {
+    const int64_t n = rows_at(s_, k, j0_, j1_), stride = a_.state_rows * W;
+    const int64_t start = (chunk - a_.first_chunk) * S_ * stride + j0_ * W;
+    copy_rows(cur, 0, Panels<T>{a_.chunk_h + start, stride}, 0, n, mine_);
+    if (Cell::kHasCell) copy_rows(c_, 0, Panels<T>{a_.chunk_c + start, stride}, 0, n, mine_);
+  }
+
   void apply_resets(int64_t k, int64_t n, const Panels<T>& h) const {
     for (int64_t j = 0; j < n; ++j) {
       if (!starts_afresh(a_, k, j0_ + j)) continue;
@@ -458,7 +463,7 @@ class Forward {
   const int64_t j0_, j1_;
   const Share share_;
   const Blocks mine_;
-  Panels<T> gates_ = {}, h_prev_ = {}, c_prev_ = {}, x_ = {}, c_ = {}, rh_ = {};
+  Panels<T> gates_ = {}, x_ = {}, c_ = {}, rh_ = {};
 };
 
 template <class Cell, class T>
@@ -492,8 +497,11 @@ class Backward {
     const int64_t before = (s_.rows_before[chunk] - s_.rows_before[a_.first_chunk]) * W;
     const int64_t stride = s_.rows[chunk] * W;
     gates_ = {a_.gates + before * S_ * Cell::kSlots, stride};
-    h_prev_ = {a_.h_prev + before * S_, stride};
-    c_prev_ = {Cell::kHasCell ? a_.c_prev + before * S_ : nullptr, stride};
+    h_prev_ = {a_.h_prev, stride};
+    c_prev_ = {a_.c_prev, stride};
+    const int64_t start = (chunk - a_.first_chunk) * S_ * a_.state_rows * W;
+    chunk_h_ = a_.chunk_h + start;
+    if (Cell::kHasCell) chunk_c_ = a_.chunk_c + start;
     x_ = {a_.x_rows == nullptr ? nullptr : a_.x_rows + before * X_, stride};
     rh_ = {a_.rh, stride};
   }
@@ -505,6 +513,7 @@ class Backward {
     const Panels<T> dh = {a_.dh + j0 * W, a_.state_rows * W};
     const Panels<T> dc = {Cell::kHasCell ? a_.dc + j0 * W : nullptr, a_.state_rows * W};
     const Panels<T> drh = {scratch, (j1 - j0) * W};
+    replay(share, mine);
     Ticker ticker(a_.interrupt);
     for (int64_t k = end_ - 1; k >= begin_; --k) {
       const int64_t n = rows_at(s_, k, j0, j1);
@@ -584,6 +593,41 @@ class Backward {
 
  private:
   int64_t rows_in_chunk() const { return s_.row_of_step[end_ - 1] + s_.active[end_ - 1]; }
+
+  // The states before all steps of the chunk, from the one before the first and the slots: with the
+  // forward pass's own operations, and so its bits.
+  void replay(const Share& share, const Blocks& mine) const {
+    const int64_t j0 = share.j0, j1 = share.j1, stride = a_.state_rows * W;
+    for (int64_t s = mine.first; s < mine.end; ++s) {
+      const size_t bytes = sizeof(T) * static_cast<size_t>(rows_at(s_, begin_, j0, j1) * W);
+      memcpy(h_prev_.at(s, j0), chunk_h_ + s * stride + j0 * W, bytes);
+      if (Cell::kHasCell) memcpy(c_prev_.at(s, j0), chunk_c_ + s * stride + j0 * W, bytes);
+    }
+    for (int64_t k = begin_; k < end_; ++k) {
+      const int64_t n = rows_at(s_, k, j0, j1), row = s_.row_of_step[k] + j0;
+      if (a_.reset.data != nullptr) {
+        for (int64_t j = 0; j < n; ++j) {
+          if (!starts_afresh(a_, k, j0 + j)) continue;
+          zero_row(h_prev_, mine, row + j);
+          if (Cell::kHasCell) zero_row(c_prev_, mine, row + j);
+        }
+      }
+      if (k + 1 == end_) return;
+      const int64_t next = s_.row_of_step[k + 1] + j0, go_on = rows_at(s_, k + 1, j0, j1);
+      for (int64_t s = mine.first; s < mine.end; ++s)
+        for (int64_t r = 0; r < go_on; ++r)
+          for (int v = 0; v < W; v += V::N) {
+            V slot[Cell::kSlots];
+#pragma GCC unroll 4
+            for (int i = 0; i < Cell::kSlots; ++i)
+              slot[i] = V::load(gates_.at(s * Cell::kSlots + i, row + r) + v);
+            V c = Cell::kHasCell ? V::load(c_prev_.at(s, row + r) + v) : V::zero(), h;
+            Cell::output(slot, V::load(h_prev_.at(s, row + r) + v), c, h);
+            h.store(h_prev_.at(s, next + r) + v);
+            if (Cell::kHasCell) c.store(c_prev_.at(s, next + r) + v);
+          }
+    }
+  }
 
   FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t j0, int64_t n,
                                  const Panels<T>& dh_, const Panels<T>& dc_) const {
@@ -700,6 +744,7 @@ class Backward {
   const int64_t S_, X_;
   const int64_t begin_, end_;  // steps of the chunk
   Panels<T> gates_, h_prev_, c_prev_, x_, rh_;
+  const T *chunk_h_, *chunk_c_ = nullptr;
 };
 
 template <class Cell, class T>

@@ -18,22 +18,23 @@ template <class T>
 struct StackTape<T>::State {
   // Slabs of one layer and direction, for all chunks or for one segment.
   struct Slabs {
-    Buffer gates, h_prev, c_prev, x_rows;
+    Buffer gates, chunk_h, chunk_c, x_rows;
 
-    Slabs(const StackSpec& spec, int W, int64_t rows, int64_t input_size, bool one_hot) {
+    // rows: of all slabs; state: of the blocked state of all rows.
+    Slabs(const StackSpec& spec, int W, int64_t rows, int64_t chunks, int64_t state,
+          int64_t input_size, bool one_hot) {
       const CellTraits traits = cell_traits(spec.kind);
-      const int64_t S = ceil_div(spec.H, W);
-      gates = make_buffer<T>(rows, S * traits.slots * W);
-      h_prev = make_buffer<T>(rows, S * W);
-      if (traits.has_cell) c_prev = make_buffer<T>(rows, S * W);
+      gates = make_buffer<T>(rows, ceil_div(spec.H, W) * traits.slots * W);
+      chunk_h = make_buffer<T>(chunks, state);
+      if (traits.has_cell) chunk_c = make_buffer<T>(chunks, state);
       if (!one_hot) x_rows = make_buffer<T>(rows, ceil_div(input_size, W) * W);
     }
 
     template <class Args>
     void attach(Args& a) {
       a.gates = gates.template data<T>();
-      a.h_prev = h_prev.template data<T>();
-      a.c_prev = c_prev.template data<T>();
+      a.chunk_h = chunk_h.template data<T>();
+      a.chunk_c = chunk_c.template data<T>();
       a.x_rows = x_rows.template data<T>();
     }
   };
@@ -174,8 +175,8 @@ void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y,
     a.y = y + d * spec().H;
     a.y_layout = y_layout;
     if (checkpoint_every == 0) {
-      layer.slabs.emplace_back(spec(), W, s.rows_before[s.chunks], spec().input_size(l),
-                               one_hot(l));
+      layer.slabs.emplace_back(spec(), W, s.rows_before[s.chunks], s.chunks, size,
+                               spec().input_size(l), one_hot(l));
       layer.slabs.back().attach(a);
     }
     load_state(call.h0, spec().index(l, d), s.order, batch, spec().H, W, a.h);
@@ -259,13 +260,12 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   // state.
   const int64_t n_hh = S * P * W * W, n_ih = one_hot(l) ? P * I * W : X * P * W * W,
                 n_b = S * traits.slots * W;
-  const int64_t n_wide = X * P * W * W;
+  const int64_t n_wide = X * P * W * W, n_rows = s.max_rows * S * W;
   const size_t per_direction = checked_add(
       checked_mul(2, static_cast<size_t>(n_hh)), static_cast<size_t>(n_ih),
       static_cast<size_t>(n_b), static_cast<size_t>(want_dx ? n_wide : 0),
       checked_mul(2, static_cast<size_t>(size)),
-      traits.two_phase ? checked_mul(static_cast<size_t>(s.max_rows), static_cast<size_t>(S * W))
-                       : 0);
+      checked_mul(traits.has_cell || traits.two_phase ? 2 : 1, static_cast<size_t>(n_rows)));
   Buffer memory(checked_mul(per_direction, static_cast<size_t>(D), sizeof(T)));
   std::vector<BackwardArgs<T>> args;
   T* at = memory.template data<T>();
@@ -295,7 +295,9 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     std::memset(a.dw_hh, 0, sizeof(T) * static_cast<size_t>(n_hh + n_ih + n_b));
     a.dh = take(size);
     a.dc = take(size);
-    if (traits.two_phase) a.rh = take(s.max_rows * S * W);
+    a.h_prev = take(n_rows);
+    if (traits.has_cell) a.c_prev = take(n_rows);
+    if (traits.two_phase) a.rh = take(n_rows);
     load_state(call.dhn, spec().index(l, d), s.order, batch, H, W, a.dh);
     load_state(call.dcn, spec().index(l, d), s.order, batch, H, W, a.dc);
     a.interrupt = call.interrupt;
@@ -373,14 +375,16 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     for (int64_t c = s.chunks - 1; c >= 0; --c) back_through_chunk(c);
   } else {
     const std::vector<int64_t>& segments = schedule.segments();
-    int64_t most = 0;
-    for (size_t i = 0; i + 1 < segments.size(); ++i)
+    int64_t most = 0, most_chunks = 0;
+    for (size_t i = 0; i + 1 < segments.size(); ++i) {
       most = std::max(most, s.rows_before[segments[i + 1]] - s.rows_before[segments[i]]);
+      most_chunks = std::max(most_chunks, segments[i + 1] - segments[i]);
+    }
     Buffer state = make_buffer<T>(D * size, 2);
     std::vector<Slabs> slabs;
     std::vector<ForwardArgs<T>> forward_directions;
     for (int d = 0; d < D; ++d) {
-      slabs.emplace_back(spec(), W, most, I, one_hot(l));
+      slabs.emplace_back(spec(), W, most, most_chunks, size, I, one_hot(l));
       ForwardArgs<T> f = forward_args(l, d, layer.input, call.interrupt);
       f.h = state.template data<T>() + d * size;
       f.c = traits.has_cell ? f.h + D * size : nullptr;
@@ -460,7 +464,8 @@ size_t StackTape<T>::bytes() const {
   for (const auto& layer : state_->layers) {
     total += layer.input_memory.size() + layer.checkpoint_h.size() + layer.checkpoint_c.size();
     for (const auto& slabs : layer.slabs)
-      total += slabs.gates.size() + slabs.h_prev.size() + slabs.c_prev.size() + slabs.x_rows.size();
+      total +=
+          slabs.gates.size() + slabs.chunk_h.size() + slabs.chunk_c.size() + slabs.x_rows.size();
   }
   return total;
 }
