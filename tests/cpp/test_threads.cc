@@ -32,8 +32,8 @@
 
 namespace {
 
-// ThreadSanitizer cannot follow a forked child that starts threads.
-#if defined(FASTRNN_THREAD_SANITIZER)
+// ThreadSanitizer cannot follow a forked child that starts threads, and neither can qemu-user.
+#if defined(FASTRNN_THREAD_SANITIZER) || defined(FASTRNN_EMULATED)
 constexpr bool kForkAndThreads = false;
 #else
 constexpr bool kForkAndThreads = true;
