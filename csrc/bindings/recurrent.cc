@@ -145,6 +145,7 @@ struct CallArguments {
   }
 
   Axes axes = {};
+  py::array input;  // x as the kernels read it
 
  private:
   // Steps and batch from the shape of x, or from the offsets of rows that stand one after the
@@ -232,16 +233,16 @@ struct CallArguments {
         if (ids.data()[i] < 0 || ids.data()[i] >= spec.I)
           value_mismatch("x", "token ids from 0 to " + std::to_string(spec.I - 1),
                          std::to_string(ids.data()[i]));
-      x_ = ids;
+      input = ids;
       call.input.ids = ids.data();
     } else {
-      x_ = rows_of<T>("x", a);
-      call.input.x = static_cast<const T*>(x_.data());
+      input = rows_of<T>("x", a);
+      call.input.x = static_cast<const T*>(input.data());
     }
-    call.input.layout = axes.layout(x_, one_hot ? sizeof(int64_t) : sizeof(T));
+    call.input.layout = axes.layout(input, one_hot ? sizeof(int64_t) : sizeof(T));
   }
 
-  py::array x_, reset_;
+  py::array reset_;
   py::array_t<int64_t> lengths_, offsets_;
 };
 
@@ -271,6 +272,7 @@ struct Tape {
   bool one_hot;
   Axes axes;
   std::vector<int64_t> starts;  // what axes.starts points to
+  py::object x = py::none();    // with checkpoints: what the backward pass reads again
   std::atomic<bool> consumed{false};
 
   py::tuple backward(const py::object& dy, const py::object& dstate,
@@ -362,6 +364,7 @@ py::tuple forward_training(const Packed& packed, const py::object& x, const py::
         result->y_shape = args.y_shape;
         result->state_shape = shape_of(*args.final.h);
         result->one_hot = args.one_hot;
+        if (checkpoint_every > 0) result->x = args.input;
         result->axes = args.axes;
         if (args.axes.starts != nullptr) {
           result->starts.assign(args.axes.starts, args.axes.starts + args.call.batch);

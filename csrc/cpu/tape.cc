@@ -2,10 +2,12 @@
 // time.
 //
 // Without checkpoints a tape holds, per layer and direction, the cell's slots, the state before
-// each step and the input rows of every step. With checkpoint_every = k it holds the layer's input
-// and the states before steps 0, k, 2k, …, and the backward pass runs each segment forward again
-// before it goes back through it: memory O(T/k + k), same bits.
+// each step and the input rows of every step. With checkpoint_every = k it holds the layers' inputs
+// (of the first layer only a fingerprint: the caller's array is read again) and the states before
+// steps 0, k, 2k, …, and the backward pass runs each segment forward again before it goes back
+// through it: memory O(T/k + k), same bits.
 #include <algorithm>
+#include <stdexcept>
 
 #include "cells/dropout.h"
 #include "core/fpenv.h"
@@ -42,7 +44,7 @@ struct StackTape<T>::State {
   // A layer as the forward pass left it.
   struct Layer {
     LayerInput<T> input = {};
-    Buffer input_memory;                // checkpoints: the input itself
+    Buffer input_memory;                // checkpoints, above the first layer: the input itself
     std::vector<Slabs> slabs;           // by direction; no checkpoints
     Buffer checkpoint_h, checkpoint_c;  // [segments][D][S][B][W]
   };
@@ -56,6 +58,7 @@ struct StackTape<T>::State {
   ResetMask reset = {};
   ScheduleBuilder schedule;
   std::vector<Layer> layers;
+  uint64_t fingerprint = 0;  // checkpoints: of the caller's x, which is read again
 
   State(std::shared_ptr<const PackedStack<T>> s, const StackCall<T>& call)
       : stack(std::move(s)),
@@ -97,6 +100,27 @@ struct StackTape<T>::State {
     }
   }
 
+  // Changes when any value of the input does (but for one chance in 2^64).
+  uint64_t input_fingerprint(const LayerInput<T>& input) const {
+    const size_t bytes = sizeof(T) * static_cast<size_t>(spec().I);
+    uint64_t hash = 0;
+    for_positions(steps, batch, lengths_data(), [&](int64_t t, int64_t b) {
+      const char* const row = reinterpret_cast<const char*>(input.x + input.layout.at(t, b));
+      uint64_t words[4] = {hash, 1, 2, 3};  // four chains, so that the multiplier is kept busy
+      size_t i = 0;
+      for (; i + sizeof(words) <= bytes; i += sizeof(words)) {
+        uint64_t next[4];
+        std::memcpy(next, row + i, sizeof(next));
+        for (int k = 0; k < 4; ++k) words[k] = (words[k] ^ next[k]) * 0x9E3779B97F4A7C15u + 1;
+      }
+      uint64_t rest[4] = {};
+      std::memcpy(rest, row + i, bytes - i);
+      for (int k = 0; k < 4; ++k)
+        hash = scalar::splitmix64(hash ^ words[k] ^ rest[k] * 0xD1342543DE82EF95u) + hash;
+    });
+    return hash;
+  }
+
   ForwardArgs<T> forward_args(int layer, int direction, const LayerInput<T>& input,
                               Interrupt* interrupt) const {
     ForwardArgs<T> a = {};
@@ -131,17 +155,8 @@ void StackTape<T>::State::forward(const StackCall<T>& call) {
       layer.input = {nullptr, ids.data(), layout(1), {}};
     } else if (l == 0) {
       layer.input = call.input;
-      if (checkpoint_every > 0) {
-        // The caller's x may change, and the slabs, which hold a copy of it, are not kept.
-        const int64_t I = spec().I;
-        layer.input_memory = make_buffer<T>(positions(), I);
-        T* const copy = layer.input_memory.template data<T>();
-        for_positions(steps, batch, lengths_data(), [&](int64_t t, int64_t b) {
-          std::memcpy(copy + layout(I).at(t, b), call.input.x + call.input.layout.at(t, b),
-                      sizeof(T) * static_cast<size_t>(I));
-        });
-        layer.input = {copy, nullptr, layout(I), {}};
-      }
+      layer.input.layout.starts = starts;  // our own copy of it
+      if (checkpoint_every > 0) fingerprint = input_fingerprint(layer.input);
     } else {
       const uint64_t key = scalar::splitmix64(call.dropout_key + static_cast<uint64_t>(l));
       layer.input = {previous.template data<T>(), nullptr, layout(DH),
@@ -209,6 +224,10 @@ void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y,
 
 template <class T>
 void StackTape<T>::State::backward(const BackwardCall<T>& call) {
+  if (checkpoint_every > 0 && !one_hot(0) && input_fingerprint(layers[0].input) != fingerprint)
+    throw std::runtime_error(
+        "x: expected the values of the forward pass, which checkpoint_every reads again, got "
+        "changed ones");
   const int64_t DH = spec().H * spec().directions;
   Buffer above;  // the gradient of this layer's output
   const T* dy = call.dy;

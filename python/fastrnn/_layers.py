@@ -152,7 +152,8 @@ class _Recurrent(Module):
             reset: As for a call.
             threads: As for a call.
             checkpoint_every: Keep only every k-th state and run the steps in between again on the
-                way back (Chen et al. 2016): memory O(T/k + k) instead of O(T), the same bits.
+                way back (Chen et al. 2016): memory O(T/k + k) instead of O(T), the same bits. x is
+                read again: leave it as it is until then.
             tbptt: (k1, k2), k2 ≥ k1: truncated back-propagation through time, BPTT(k2; k1) of
                 Williams & Peng 1990. Every k1 steps the losses of the last k1 steps go back through
                 at most k2 steps: the loss of step t reaches back to step s and no further,

@@ -20,7 +20,8 @@ class Tape:
     """What a forward pass keeps for its backward pass.
 
     Nothing of it is in the layer: any number of tapes may be alive at once. It holds private copies
-    of the weights and of the input, so that changing either afterwards does not change the gradient.
+    of the weights and of the input, so that changing either afterwards does not change the gradient;
+    with ``checkpoint_every`` the input is read again, and a changed one is a RuntimeError.
 
     Attributes:
         dropout_key: The key of the dropout masks between layers, or None without dropout.
@@ -76,7 +77,7 @@ class Tape:
             array's largest element.
 
         Raises:
-            RuntimeError: The tape was used before.
+            RuntimeError: The tape was used before; or x, needed again, was changed.
             TypeError, ValueError: An argument does not fit; the tape stays usable.
         """
         if self._tape.consumed:

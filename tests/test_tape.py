@@ -1,0 +1,52 @@
+"""What a tape promises: the gradient of the forward pass as it ran, or an error, whatever changes."""
+
+from __future__ import annotations
+
+import fastrnn
+import numpy as np
+import pytest
+
+
+def problem(rng: np.random.Generator) -> tuple[fastrnn.LSTM, np.ndarray, np.ndarray]:
+    lstm = fastrnn.LSTM(5, 7, 2, rng=0)
+    x = rng.standard_normal((20, 3, 5)).astype("f")
+    return lstm, x, rng.standard_normal((20, 3, 7)).astype("f")
+
+
+def test_changed_weights_and_input_do_not_reach_the_gradient(rng: np.random.Generator) -> None:
+    lstm, x, dy = problem(rng)
+    want = lstm.forward(x)[2].backward(dy)
+    y, _, tape = lstm.forward(x)
+    lstm.flat[:] = 0
+    x[:] = 0
+    y[:] = 0
+    got = tape.backward(dy)
+    np.testing.assert_array_equal(got.x, want.x)
+    for name in want.params:
+        np.testing.assert_array_equal(got.params[name], want.params[name])
+
+
+def test_checkpoints_notice_a_changed_input(rng: np.random.Generator) -> None:
+    lstm, x, dy = problem(rng)
+    _, _, tape = lstm.forward(x, checkpoint_every=4)
+    x[13, 2, 4] = np.nextafter(x[13, 2, 4], np.float32(9))
+    into = {name: np.zeros_like(p) for name, p in lstm.params.items()}
+    with pytest.raises(RuntimeError, match="x: expected the values of the forward pass"):
+        tape.backward(dy, into=into)
+    assert not any(g.any() for g in into.values())
+
+
+def test_checkpoints_hold_less(rng: np.random.Generator) -> None:
+    lstm = fastrnn.LSTM(16, 32, rng=0)
+    x = rng.standard_normal((1000, 8, 16)).astype("f")
+    _, _, full = lstm.forward(x)
+    _, _, sparse = lstm.forward(x, checkpoint_every=32)
+    assert sparse.nbytes < full.nbytes / 20
+
+
+def test_many_tapes_of_one_layer_at_once(rng: np.random.Generator) -> None:
+    lstm, x, dy = problem(rng)
+    want = [lstm.forward(x * k)[2].backward(dy).x for k in range(3)]
+    tapes = [lstm.forward(x * k)[2] for k in range(3)]
+    for k in (2, 0, 1):
+        np.testing.assert_array_equal(tapes[k].backward(dy).x, want[k])
