@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Copies a page of benchmark results into README.md and docs/performance.md.
 
-`make bench` writes a dated Markdown page into benchmarks/results. This script takes the newest (or
-the one named) and replaces what stands between the two comment lines ``<!-- benchmarks:begin -->``
-and ``<!-- benchmarks:end -->``: in docs/performance.md by the whole page, in README.md by the
-machine, the summary and, where they are few, the cases with the columns that a newcomer asks for.
+`make bench` writes a dated Markdown page into benchmarks/results. This script takes the newest
+(trials and chosen cases only when named) and replaces what stands between the two comment lines
+``<!-- benchmarks:begin -->`` and ``<!-- benchmarks:end -->``: in docs/performance.md by the whole
+page, in README.md by the machine, the summary and, where they are few, the cases with the columns
+that a newcomer asks for.
 No figure is typed by hand, and none is left out because of what it says.
 
 Status 2, with one line, when there is nothing to quote or nowhere to put it.
@@ -27,6 +28,7 @@ SUMMARY = "In short"  # the section of the page that sums up
 NO_CASES = (SUMMARY, "The machine's limits", "How to read this")
 FACTS = ("date", "processor", "threads", "instruction set in use", "compared")
 DROPPED = ("threads", "speed-up", "GF/s")  # columns that README.md does without
+TRIAL = re.compile(r"-(quick|part)\b")  # names of pages that are of a trial, or of chosen cases
 MOST_ROWS = 40  # of README.md's table; more are for docs/performance.md alone
 
 
@@ -63,7 +65,8 @@ def read(path: Path) -> Page:
 
 def newest(folder: Path) -> Page:
     """The page with the latest date; ValueError when there is none."""
-    pages = [read(path) for path in sorted(folder.glob("*.md"))]
+    paths = sorted(path for path in folder.glob("*.md") if not TRIAL.search(path.stem))
+    pages = [read(path) for path in paths]
     if not pages:
         raise ValueError(f"{folder}: no results; run `make bench` first")
     return max(pages, key=lambda page: page.facts["date"])
@@ -87,8 +90,8 @@ def short(page: Page) -> str:
         return "\n".join(lines).strip()
     for title, rows in tables.items():
         keep = [i for i, name in enumerate(rows[0]) if name not in DROPPED]
-        # A column that is empty in all rows says nothing here.
-        keep = [i for i in keep if i == 0 or any(row[i] for row in rows[1:])]
+        # A column without a figure says nothing here.
+        keep = [i for i in keep if i == 0 or any(row[i].strip("–") for row in rows[1:])]
         lines += [f"**{title}**", ""]
         header, *body = [[row[i] for i in keep] for row in rows]
         rule = ["---", *("--:" for _ in header[1:])]
