@@ -37,7 +37,9 @@ class Frozen:
         threads: int | None = None,
     ) -> tuple[Any, Any]:
         """Inference, as the layer's own call: (y, state)."""
-        return _tape.infer(self._packed, x, state, lengths, reset, self._batch_first, threads)
+        return _tape.infer_packed(
+            self._packed, x, state, lengths, reset, self._batch_first, threads
+        )
 
     def stream(self, batch_size: int = 1) -> _core.Stream:
         """A running state for ``batch_size`` sequences that advance one step at a time.

@@ -129,8 +129,9 @@ class _Recurrent(Module):
             TypeError: An argument's type or dtype; other dtypes are never converted silently.
             ValueError: An argument's shape or values; the message says what was expected.
         """
-        packed = self._network.pack(self.params, threads)
-        return _tape.infer(packed, x, state, lengths, reset, self.batch_first, threads)
+        return _tape.infer(
+            self._network, self.params, x, state, lengths, reset, self.batch_first, threads
+        )
 
     def forward(
         self,
@@ -175,7 +176,7 @@ class _Recurrent(Module):
         key = _tape.draw_key(self.rng) if self.dropout > 0 and self.num_layers > 1 else None
         return _tape.forward(
             self._network,
-            self._network.pack(self.params, threads),
+            self.params,
             x,
             state,
             lengths=lengths,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import _check, _core, _ragged, _tbptt
+from fastrnn import _check, _core, _ragged, _tbptt, _vocabulary
 from fastrnn._cells import Network
 from fastrnn._params import Array, Gradients, accumulators
 
-__all__ = ["Tape", "forward", "infer"]
+__all__ = ["Tape", "forward", "infer", "infer_packed"]
 
 State = Any  # h (L·D, B, H); for an LSTM the pair (h, c)
 
@@ -27,7 +28,7 @@ class Tape:
         dropout_key: The key of the dropout masks between layers, or None without dropout.
     """
 
-    __slots__ = ("_form", "_network", "_offsets", "_tape", "dropout_key")
+    __slots__ = ("_compacted", "_form", "_network", "_offsets", "_tape", "dropout_key")
 
     def __init__(
         self,
@@ -36,11 +37,13 @@ class Tape:
         dropout_key: int | None,
         offsets: Array | None,
         form: _ragged.Form,
+        compacted: tuple[Network, Array] | None,
     ) -> None:
         self._network = network
         self._tape = tape
         self._offsets = offsets  # of a ragged batch
         self._form = form  # the form of x
+        self._compacted = compacted  # of a large vocabulary: what ran, over which tokens
         self.dropout_key = dropout_key
 
     @property
@@ -84,11 +87,35 @@ class Tape:
             raise RuntimeError("tape: expected one that was not used yet; backward uses it up")
         grads = accumulators(self._network.shapes(), self._network.dtype, into)
         dy = _ragged.values_of("dy", dy, self._offsets)
-        dx, dinitial = self._tape.backward(dy, dstate, list(grads.values()), threads)
+        part = grads
+        if self._compacted is not None:
+            part = accumulators(self._compacted[0].shapes(), self._network.dtype, None)
+        dx, dinitial = self._tape.backward(dy, dstate, list(part.values()), threads)
+        if self._compacted is not None:
+            _vocabulary.add_columns(grads, part, self._compacted[1])
         return Gradients(None if dx is None else self._form(dx), dinitial, grads)
 
 
 def infer(
+    network: Network,
+    weights: Mapping[str, Array],
+    x: Any,
+    state: State,
+    lengths: npt.ArrayLike | None,
+    reset: Any,
+    batch_first: bool,
+    threads: int | None,
+) -> tuple[Any, State]:
+    """Inference, of every layer and function: packs the weights and runs."""
+    values, offsets, form = _ragged.split(x)
+    reset = _ragged.values_of("reset", reset, offsets)
+    network, weights, values, _ = _vocabulary.compact(network, weights, values)
+    packed = network.pack(weights, threads)
+    y, final = packed.forward(values, state, lengths, offsets, reset, batch_first, threads)
+    return form(y), final
+
+
+def infer_packed(
     packed: _core.Packed,
     x: Any,
     state: State,
@@ -97,7 +124,7 @@ def infer(
     batch_first: bool,
     threads: int | None,
 ) -> tuple[Any, State]:
-    """Inference, of every layer, frozen network and function."""
+    """Inference of a frozen network."""
     values, offsets, form = _ragged.split(x)
     reset = _ragged.values_of("reset", reset, offsets)
     y, final = packed.forward(values, state, lengths, offsets, reset, batch_first, threads)
@@ -106,7 +133,7 @@ def infer(
 
 def forward(
     network: Network,
-    packed: _core.Packed,
+    weights: Mapping[str, Array],
     x: Any,
     state: State,
     *,
@@ -122,6 +149,8 @@ def forward(
     """The training forward pass of every layer and of ``functional.*_forward``."""
     every = 0 if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every)
     values, offsets, form = _ragged.split(x)
+    small, weights, values, columns = _vocabulary.compact(network, weights, values)
+    packed = small.pack(weights, threads)
     call = (
         values,
         state,
@@ -135,8 +164,9 @@ def forward(
     if tbptt is None:
         y, final, tape = packed.forward_training(*call, dropout, dropout_key or 0, every)
     else:
-        y, final, tape = _tbptt.forward(network, packed, *call, dropout, every, tbptt)
-    return form(y), final, Tape(network, tape, dropout_key, offsets, form)
+        y, final, tape = _tbptt.forward(small, packed, *call, dropout, every, tbptt)
+    compacted = None if columns is None else (small, columns)
+    return form(y), final, Tape(network, tape, dropout_key, offsets, form, compacted)
 
 
 def draw_key(rng: np.random.Generator) -> int:

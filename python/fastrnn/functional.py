@@ -182,9 +182,8 @@ def _infer(
     threads: int | None,
 ) -> tuple[Any, State]:
     network, arrays = infer(family, variant, weights)
-    packed = network.pack(arrays, threads)
     first = _check.flag("batch_first", batch_first)
-    return _tape.infer(packed, x, state, lengths, reset, first, threads)
+    return _tape.infer(network, arrays, x, state, lengths, reset, first, threads)
 
 
 def _forward(
@@ -212,7 +211,7 @@ def _forward(
         key = _check.key("dropout_key", dropout_key)
     return _tape.forward(
         network,
-        network.pack(arrays, threads),
+        arrays,
         x,
         state,
         lengths=lengths,

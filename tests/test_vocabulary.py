@@ -1,0 +1,62 @@
+"""Integer input over a large vocabulary: the bits of the whole vocabulary, at the tokens' cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fastrnn
+import numpy as np
+import pytest
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}])
+@pytest.mark.parametrize("tokens", [40, 900])
+def test_same_bits_as_one_hot_rows(
+    rng: np.random.Generator, options: dict[str, Any], tokens: int
+) -> None:
+    gru = fastrnn.GRU(1000, 12, rng=0, **options)
+    ids = rng.integers(0, tokens, (30, 40))
+    dense = np.eye(1000, dtype="f")[ids]
+    y, h, tape = gru.forward(ids)
+    y_dense, h_dense, tape_dense = gru.forward(dense)
+    np.testing.assert_array_equal(y, y_dense)
+    np.testing.assert_array_equal(h, h_dense)
+    np.testing.assert_array_equal(gru(ids)[0], y)
+    np.testing.assert_array_equal(gru.freeze()(ids)[0], y)
+    dy = rng.standard_normal(y.shape).astype("f")
+    grads, grads_dense = tape.backward(dy), tape_dense.backward(dy)
+    assert grads.x is None
+    for name, want in grads_dense.params.items():
+        np.testing.assert_allclose(grads.params[name], want, atol=5e-6 * np.abs(want).max())
+    unseen = grads.params["weight_ih_l0"][:, tokens:]
+    assert not unseen.any()
+
+
+def test_accumulates_into_the_whole_matrix(rng: np.random.Generator) -> None:
+    lstm = fastrnn.LSTM(2000, 5, rng=0)
+    ids = rng.integers(0, 2000, (6, 3), dtype=np.uint16)
+    y, _, tape = lstm.forward(ids)
+    first = tape.backward(y)
+    into = {name: g.copy() for name, g in first.params.items()}
+    second = lstm.forward(ids)[2].backward(y, into=into)
+    assert second.params is into
+    for name, g in first.params.items():
+        np.testing.assert_array_equal(into[name], g + g)
+
+
+@pytest.mark.parametrize("bad", [-1, 2000, 2**40])
+def test_tokens_out_of_range_are_refused(bad: int) -> None:
+    lstm = fastrnn.LSTM(2000, 5, rng=0)
+    with pytest.raises(ValueError, match="x: expected token ids from 0 to 1999"):
+        lstm(np.array([[3, bad]]))
+
+
+def test_truncated_gradients(rng: np.random.Generator) -> None:
+    lstm = fastrnn.LSTM(1000, 6, rng=0)
+    ids = rng.integers(0, 50, (12, 2))
+    _, _, tape = lstm.forward(ids, tbptt=(4, 4))
+    _, _, dense = lstm.forward(np.eye(1000, dtype="f")[ids], tbptt=(4, 4))
+    dy = rng.standard_normal((12, 2, 6)).astype("f")
+    got, want = tape.backward(dy).params, dense.backward(dy).params
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5)
