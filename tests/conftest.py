@@ -6,6 +6,8 @@ Dimensions as everywhere: T steps, B batch, I inputs, H hidden, L layers, D dire
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import hypothesis
@@ -117,3 +119,35 @@ def assert_gradient_close(
         scale = float(np.abs(want).max(initial=0))
     atol = GRADIENT_TOLERANCE[got.dtype.name] * scale
     np.testing.assert_allclose(got, want, rtol=0, atol=atol, err_msg=what)
+
+
+def make_layer(cell: str, I: int, H: int, L: int = 1, D: int = 1, **options: Any) -> Any:
+    """The compiled library's layer for one of CELLS, with the same weights in every run."""
+    import fastrnn  # here, so that tests that need no extension can use this file
+
+    family, cell_options = CELLS[cell]
+    layer = getattr(fastrnn, family.upper())
+    return layer(I, H, L, bidirectional=D == 2, **{"rng": 5, **cell_options, **options})
+
+
+def assert_same_bits(got: np.ndarray, want: np.ndarray, what: str = "") -> None:
+    """Same shape, dtype and bits: 0 and -0 differ, one NaN is as good as another."""
+    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.shape} {got.dtype}"
+    same = (got == want) & (np.signbit(got) == np.signbit(want)) | np.isnan(got) & np.isnan(want)
+    where = np.argwhere(~same)
+    assert len(where) == 0, (
+        f"{what}: {len(where)} of {same.size} elements differ, the first at {where[0]}"
+    )
+
+
+def run_python(
+    code: str, *args: str, timeout: float = 60, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in an interpreter of its own, for what may change or end the process."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
