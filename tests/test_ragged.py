@@ -67,7 +67,7 @@ def test_three_forms_give_the_same_bits(
             np.testing.assert_array_equal(p, q)
         for name in gp.params:
             np.testing.assert_array_equal(gp.params[name], other.params[name])
-    y, s = layer(x, reset=reset)
+    y, _ = layer(x, reset=reset)
     y2, _ = layer.freeze()(joined, reset=np.concatenate(reset))
     for b in range(len(LENGTHS)):
         np.testing.assert_array_equal(y[b], yl[b])

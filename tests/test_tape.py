@@ -1,4 +1,4 @@
-"""What a tape promises: the gradient of the forward pass as it ran, or an error, whatever changes."""
+"""What a tape promises: the gradient of the forward pass as it ran, or an error."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ class Packed:
         """
         weights: for each layer and direction weight_ih, weight_hh and, with bias, bias_ih, bias_hh.
         """
-    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, reset: typing.Any, batch_first: bool, threads: typing.Any) -> tuple:
+    def forward(self, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, reset: typing.Any, batch_first: bool, threads: typing.Any) -> tuple:
         """
-        Inference: (y, state).
+        Inference: (y, state). With offsets (B + 1,) the rows of x, y and reset stand one after the other.
         """
-    def forward_training(self, x: typing.Any, state: typing.Any, lengths: typing.Any, reset: typing.Any, batch_first: bool, threads: typing.Any, dropout: typing.SupportsFloat | typing.SupportsIndex, dropout_key: typing.SupportsInt | typing.SupportsIndex, checkpoint_every: typing.SupportsInt | typing.SupportsIndex) -> tuple:
+    def forward_training(self, x: typing.Any, state: typing.Any, lengths: typing.Any, offsets: typing.Any, reset: typing.Any, batch_first: bool, threads: typing.Any, dropout: typing.SupportsFloat | typing.SupportsIndex, dropout_key: typing.SupportsInt | typing.SupportsIndex, checkpoint_every: typing.SupportsInt | typing.SupportsIndex) -> tuple:
         """
         (y, state, tape).
         """

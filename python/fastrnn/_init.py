@@ -28,6 +28,10 @@ def initialize(
     Ganguli 2014), weight_ih from Glorot's uniform distribution per gate, biases 0.
 
     Args:
+        params: The parameters by PyTorch's names.
+        method: One of ``METHODS``.
+        hidden_size: H.
+        rng: Where the numbers come from.
         forget_bias: For an LSTM, the forget gate's bias (Jozefowicz, Zaremba & Sutskever 2015
             recommend 1): bias_ih's part is set to it, bias_hh's to 0.
     """

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fastrnn import _check, _core, _init, _tape
 from fastrnn._cells import Family, Network, variant_of
 from fastrnn._frozen import Frozen
-from fastrnn._params import Array, Module
+from fastrnn._params import Module
 from fastrnn._tape import Tape
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -217,7 +217,8 @@ class _Recurrent(Module):
         }
 
     def __repr__(self) -> str:
-        defaults = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        defaults: dict[str, Any] = {"num_layers": 1, "bias": True, "batch_first": False}
+        defaults |= {"dropout": 0.0}
         defaults |= {"bidirectional": False, "device": "cpu", "nonlinearity": "tanh"}
         defaults |= {"reset_after": True, "dtype": "float32"}
         rest = [f"{k}={v!r}" for k, v in self.config().items() if v != defaults.get(k, object())]

@@ -1,4 +1,4 @@
-"""Running a packed network: inference, the forward pass of training, and the tape that goes back."""
+"""Running a network: inference, the forward pass of training, and the tape that goes back."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class Tape:
     """What a forward pass keeps for its backward pass.
 
     Nothing of it is in the layer: any number of tapes may be alive at once. It holds private copies
-    of the weights and of the input, so that changing either afterwards does not change the gradient;
-    with ``checkpoint_every`` the input is read again, and a changed one is a RuntimeError.
+    of the weights and of the input, so that changing either afterwards does not change the
+    gradient; with ``checkpoint_every`` the input is read again, and a changed one is a
+    RuntimeError.
 
     Attributes:
         dropout_key: The key of the dropout masks between layers, or None without dropout.
@@ -75,9 +76,9 @@ class Tape:
             threads: At most this many threads; the bits do not depend on it.
 
         Returns:
-            ``Gradients``: ``x`` in the input's form and shape (None for integer input), ``state`` in the
-            state's form, ``params`` by name. Accurate to 5e-6 (float32) or 1e-12 (float64) of each
-            array's largest element.
+            ``Gradients``: ``x`` in the input's form and shape (None for integer input), ``state``
+            in the state's form, ``params`` by name. Accurate to 5e-6 (float32) or 1e-12 (float64)
+            of each array's largest element.
 
         Raises:
             RuntimeError: The tape was used before; or x, needed again, was changed.

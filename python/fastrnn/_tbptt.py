@@ -233,7 +233,9 @@ class _Call:
     def _train(self, window: _Window, state: State, threads: int | None) -> Any:
         return self.packed.forward_training(*self._arguments(window, state, threads), 0.0, 0, 0)
 
-    def _arguments(self, window: _Window, state: State, threads: int | None) -> tuple[Any, ...]:
+    def _arguments(
+        self, window: _Window, state: State, threads: int | None
+    ) -> tuple[Any, State, Any, Any, Any, bool, int | None]:
         reset = None if self.reset is None else self.reset[window.where]
         where, offsets = window.where, window.offsets
         return self.x[where], state, window.lengths, offsets, reset, self.batch_first, threads

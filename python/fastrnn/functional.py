@@ -2,8 +2,8 @@
 
 ``weights`` is a dict with PyTorch's parameter names (``weight_ih_l0``, ``weight_hh_l0``,
 ``bias_ih_l0``, ``bias_hh_l0``, …, ``_reverse`` for the second direction); layers, directions and
-biases follow from the names, sizes and dtype from the arrays. All other arguments, results, accuracy
-and errors are those of ``fastrnn.RNN``, ``fastrnn.LSTM`` and ``fastrnn.GRU``.
+biases follow from the names, sizes and dtype from the arrays. All other arguments, results,
+accuracy and errors are those of ``fastrnn.RNN``, ``fastrnn.LSTM`` and ``fastrnn.GRU``.
 
     y, (h, c) = functional.lstm(x, weights)
     y, (h, c), tape = functional.lstm_forward(x, weights)
