@@ -40,7 +40,7 @@ demo: $(VENV)/.cli
 	fastrnn sample demo/model.safetensors --prompt "The " --length 300
 
 test: $(VENV)/.test
-	ctest --test-dir $(BUILD) --output-on-failure --no-tests=error
+	ctest --test-dir $(BUILD) -j2 --output-on-failure --no-tests=error
 	$(PY) -m pytest
 
 bench: $(VENV)/.cli
