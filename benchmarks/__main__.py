@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("stopped; what was measured so far is written", file=sys.stderr)
     if not results:
         return 130
+    raise_peaks(limits["gflops"], results)
     print(f"\n{report.console_summary(results, names)}\n")
     for note in report.notes(results, described):
         print(note)
@@ -148,6 +150,14 @@ def measure(case: Case, peers: Sequence[Peer], threads: Sequence[int], effort: E
         else:
             result.limits[count] = rounds
     return result
+
+
+def raise_peaks(gflops: dict[int, float], results: Sequence[Result]) -> None:
+    """A machine that reached more in the rounds than before them has that for its limit."""
+    for result in results:
+        if result.case.dtype == "float32":
+            for count, rounds in result.limits.items():
+                gflops[count] = max(gflops[count], statistics.median(peak for peak, _ in rounds))
 
 
 def hopeless(values: Mapping[tuple[str, int], list[Any]]) -> set[tuple[str, int]]:
