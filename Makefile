@@ -3,10 +3,12 @@
 # make bench  the benchmarks
 # make lint   formatting, types, spelling, dependencies between the parts, stubs, warnings as errors
 # make neon   the C++ tests for AArch64 under an emulator      make sanitize  ... under ASan+UBSan and under TSan
+# make counts counts the instructions of three calls and compares with the record (make counts WRITE=1 records)
 # make mutants  breaks the cell maths on purpose; the tests must notice       make clean
 #
 # Each target first makes what it needs: a virtual environment in .venv and fastrnn built and installed into it. Nothing
-# is installed outside this checkout, except that `make neon` gets its compiler from Debian when run as root.
+# is installed outside this checkout, except that `make neon` gets its compiler and `make counts` valgrind from Debian
+# when run as root.
 
 PYTHON ?= python3
 VENV := .venv
@@ -25,7 +27,7 @@ SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(wildcard cmake/*.cm
            $(shell find csrc python -not -path '*/__pycache__*' -not -path '*/.*')
 CPP_TESTS := $(wildcard tests/cpp/*)
 
-.PHONY: demo test bench lint neon sanitize mutants examples clean check-machine
+.PHONY: demo test bench lint neon sanitize mutants counts examples clean check-machine
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -74,6 +76,16 @@ sanitize: $(VENV)/.tools
 
 mutants: $(VENV)/.test
 	$(PY) tools/mutants.py
+
+counts: $(VENV)/.cli
+	@if ! command -v valgrind >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends valgrind; \
+	  else \
+	    echo "make counts needs valgrind: sudo apt install valgrind" >&2; exit 1; \
+	  fi; \
+	fi
+	$(PY) tools/instruction_counts.py $(if $(WRITE),--write)
 
 examples: $(VENV)/.cli
 	$(PY) examples/sentiment.py
