@@ -1,6 +1,6 @@
-// run_on_isa <isa> <program>: runs the program if this machine has the ISA, else says so and exits with 77, which ctest
-// reports as "skipped". A separate program, compiled for the plain architecture, because one compiled for the ISA could
-// die on its first instruction.
+// run_on_isa <isa> <program>: runs the program if this machine has the ISA, else says so and exits
+// with 77, which ctest reports as "skipped". A separate program, compiled for the plain
+// architecture, because one compiled for the ISA could die on its first instruction.
 #include <unistd.h>
 
 #include <cstdio>
