@@ -110,7 +110,7 @@ def assert_forward_close(got: np.ndarray, want: np.ndarray, what: str, scale: fl
 def assert_gradient_close(
     got: np.ndarray, want: np.ndarray, what: str, scale: float | None = None
 ) -> None:
-    """Gradients: same shape, and the promised part of `scale`, by default want's largest element.
+    """Gradients: same shape, and the promised part of `scale`, by default the largest of `want`.
 
     A scale is given for tensors of so few elements that all of them may be sums that cancel.
     """
