@@ -36,6 +36,23 @@ def test_checkpoints_notice_a_changed_input(rng: np.random.Generator) -> None:
     assert not any(g.any() for g in into.values())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("features", [1, 4, 7, 8, 16, 33])
+def test_checkpoints_notice_negation_and_exchange(
+    rng: np.random.Generator, features: int, dtype: str
+) -> None:
+    gru = fastrnn.GRU(features, 5, rng=0, dtype=dtype)
+    x = rng.standard_normal((6, 3, features)).astype(dtype)
+    changes = [np.negative, lambda x: x[::-1].copy(), lambda x: x[:, ::-1].copy()]
+    for change in changes:
+        y, _, tape = gru.forward(x, checkpoint_every=2)
+        kept = x.copy()
+        x[...] = change(kept)
+        with pytest.raises(RuntimeError, match="x: expected"):
+            tape.backward(np.ones_like(y))
+        x[...] = kept
+
+
 def test_checkpoints_hold_less(rng: np.random.Generator) -> None:
     lstm = fastrnn.LSTM(16, 32, rng=0)
     x = rng.standard_normal((1000, 8, 16)).astype("f")

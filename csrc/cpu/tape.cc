@@ -100,23 +100,31 @@ struct StackTape<T>::State {
     }
   }
 
-  // Changes when any value of the input does (but for one chance in 2^64).
+  // Differs, but for bad luck of one in 2^64 or so, when any value of the input does. A sign bit
+  // alone would pass through the multiplication unmixed; the rotation brings it to where it
+  // spreads.
   uint64_t input_fingerprint(const LayerInput<T>& input) const {
     const size_t bytes = sizeof(T) * static_cast<size_t>(spec().I);
     uint64_t hash = 0;
     for_positions(steps, batch, lengths_data(), [&](int64_t t, int64_t b) {
       const char* const row = reinterpret_cast<const char*>(input.x + input.layout.at(t, b));
       uint64_t words[4] = {hash, 1, 2, 3};  // four chains, so that the multiplier is kept busy
+      const auto mix = [&](const uint64_t (&next)[4]) {
+        for (int k = 0; k < 4; ++k) {
+          const uint64_t product = (words[k] ^ next[k]) * 0x9E3779B97F4A7C15u;
+          words[k] = (product << 29 | product >> 35) + 1;
+        }
+      };
       size_t i = 0;
-      for (; i + sizeof(words) <= bytes; i += sizeof(words)) {
-        uint64_t next[4];
+      uint64_t next[4];
+      for (; i + sizeof(next) <= bytes; i += sizeof(next)) {
         std::memcpy(next, row + i, sizeof(next));
-        for (int k = 0; k < 4; ++k) words[k] = (words[k] ^ next[k]) * 0x9E3779B97F4A7C15u + 1;
+        mix(next);
       }
       uint64_t rest[4] = {};
       std::memcpy(rest, row + i, bytes - i);
-      for (int k = 0; k < 4; ++k)
-        hash = scalar::splitmix64(hash ^ words[k] ^ rest[k] * 0xD1342543DE82EF95u) + hash;
+      mix(rest);
+      for (uint64_t word : words) hash = scalar::splitmix64(hash ^ word) + hash;
     });
     return hash;
   }
