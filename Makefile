@@ -23,6 +23,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 BUILD := build/$(if $(CI),werror,release)
 WERROR := $(if $(CI),ON,OFF)
 
+# Under CI the largest of the three installations, once.
+CLI := $(VENV)/$(if $(CI),.dev,.cli)
+TEST := $(VENV)/$(if $(CI),.dev,.test)
+
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(wildcard cmake/*.cmake) \
            $(shell find csrc python -not -path '*/__pycache__*' -not -path '*/.*')
 CPP_TESTS := $(wildcard tests/cpp/*)
@@ -36,16 +40,16 @@ install = echo "== building fastrnn and installing it into $(VENV) (the first ti
           $(PY) -m pip install -q --no-build-isolation --config-settings=build-dir=$(2) \
             $(foreach option,$(3),--config-settings=cmake.define.$(option)) ".[$(1)]"
 
-demo: $(VENV)/.cli
+demo: $(CLI)
 	mkdir -p demo
 	fastrnn train --out demo/model.safetensors
 	fastrnn sample demo/model.safetensors --prompt "The " --length 300
 
-test: $(VENV)/.test
+test: $(TEST)
 	ctest --test-dir $(BUILD) -j2 --output-on-failure --no-tests=error
 	$(PY) -m pytest
 
-bench: $(VENV)/.cli
+bench: $(CLI)
 	$(PY) -m benchmarks
 
 lint: $(VENV)/.dev
@@ -74,10 +78,10 @@ sanitize: $(VENV)/.tools
 	@# TSan of older GCCs dies on kernels that randomise addresses more than it expects; setarch -R turns that off.
 	$$(setarch -R true 2>/dev/null && echo setarch -R) cmake --workflow --preset tsan
 
-mutants: $(VENV)/.test
+mutants: $(TEST)
 	$(PY) tools/mutants.py
 
-counts: $(VENV)/.cli
+counts: $(CLI)
 	@if ! command -v valgrind >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends valgrind; \
@@ -87,7 +91,7 @@ counts: $(VENV)/.cli
 	fi
 	$(PY) tools/instruction_counts.py $(if $(WRITE),--write)
 
-examples: $(VENV)/.cli
+examples: $(CLI)
 	$(PY) examples/sentiment.py
 
 clean:

@@ -6,6 +6,7 @@ Dimensions as everywhere: T steps, B batch, I inputs, H hidden, L layers, D dire
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -19,6 +20,11 @@ import pytest
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# A shell's background job ignores Ctrl-C, and so would every process that the tests start and
+# interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The accuracy we promise on signed random data with T up to 1000, against the float64 reference
 # run on the same values: absolute for outputs and states, …
