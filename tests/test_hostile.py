@@ -480,6 +480,38 @@ def test_23_lengths_of_other_types() -> None:
                 call(x, lengths=bad)
 
 
+def test_21_22_23_offsets_of_ragged_batches() -> None:
+    """Where sequences stand one after the other, offsets are what lengths are elsewhere."""
+    layer, values = make_layer("lstm", I, H), zeros(10, I)
+    for call in (layer, layer.forward, layer.freeze()):
+        for bad in (
+            [0, 4, 11],
+            [0, 4, 9],
+            [1, 4, 10],
+            [-1, 4, 10],
+            [0, 7, 4, 10],
+            [0, -3, 10],
+            [0, 2**63 - 1, -(2**63), 10],
+            [0, 2**40, 10],
+            [0],
+            [10],
+            [],
+            [[0, 10]],
+            np.array([0, 2**64 - 1, 10], np.uint64),
+            np.array(10),
+        ):
+            with refused((ValueError, TypeError), "offsets"):  # type: ignore[arg-type]
+                call(fastrnn.Ragged(values, np.asarray(bad)))
+        for dtype in (float, bool, object, complex):
+            with refused(TypeError, "offsets"):
+                call(fastrnn.Ragged(values, np.array([0, 10], dtype)))
+        for shape in ((10, I, 1), (10,), (10, I + 1), ()):
+            with refused(ValueError, "x"):
+                call(fastrnn.Ragged(zeros(*shape), np.array([0, 10])))
+        with refused(ValueError, "lengths"):
+            call(fastrnn.Ragged(values, np.array([0, 10])), lengths=[10])
+
+
 @every_cell
 def test_24_unsorted_lengths(cell: str, rng: np.random.Generator) -> None:
     """In whatever order, a row's results are those that it has alone."""
@@ -834,7 +866,7 @@ def test_35_denormals_are_zeros(cell: str, dtype: str, rng: np.random.Generator)
             array[..., ::2] = value
         y, final, tape = layer.forward(x, state)
         g = tape.backward(dy)
-        results.append([y, *state_arrays(final), *gradient_arrays(g)])
+        results.append([layer(x, state)[0], y, *state_arrays(final), *gradient_arrays(g)])
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             np.testing.assert_array_equal(a, b)  # 0 and -0 are one here
@@ -1053,16 +1085,24 @@ def test_46_resize_during_a_call(rng: np.random.Generator) -> None:
     survives("""
 import threading
 layer = fastrnn.LSTM(64, 256, rng=0)
-make = lambda: np.random.default_rng(0).standard_normal((200, 16, 64)).astype(np.float32)
+make = lambda: np.random.default_rng(0).standard_normal((1500, 16, 64)).astype(np.float32)
 arrays = {"x": make(), "h": np.ones((1, 16, 256), "f"), "c": np.ones((1, 16, 256), "f"),
-          "lengths": np.arange(16) * 10 + 20, "reset": np.zeros((200, 16), bool)}
-want = layer(arrays["x"], (arrays["h"], arrays["c"]), lengths=arrays["lengths"])[0]
-results = []
+          "lengths": np.arange(16) * 90 + 100, "reset": np.zeros((1500, 16), bool)}
+frozen = layer.freeze()
+want = frozen(arrays["x"], (arrays["h"], arrays["c"]), lengths=arrays["lengths"])[0]
+results, checked = [], threading.Event()
+
+class Reset:  # the last argument that is looked at
+    def __array__(self, dtype=None, copy=None):
+        checked.set()
+        return arrays["reset"]
+
 def call():
-    results.append(layer(arrays["x"], (arrays["h"], arrays["c"]), lengths=arrays["lengths"],
-                         reset=arrays["reset"])[0])
+    results.append(frozen(arrays["x"], (arrays["h"], arrays["c"]), lengths=arrays["lengths"],
+                          reset=Reset())[0])
 thread = threading.Thread(target=call)
 thread.start()
+checked.wait()
 attempts = 0
 while thread.is_alive():
     for name in ("x", "h", "c", "reset"):
@@ -1295,7 +1335,10 @@ def test_54_results_outlive_their_makers(cell: str, rng: np.random.Generator) ->
 def test_55_what_changes_between_forward_and_backward(
     cell: str, every: int | None, rng: np.random.Generator
 ) -> None:
-    """Weights, input, state, lengths, resets: the gradient is the forward pass's as it ran."""
+    """Weights, state, lengths, resets, input: the gradient is the forward pass's as it ran.
+
+    With checkpoints, which read the input again, an input that changed is refused.
+    """
     layer, x = make_layer(cell, I, H, 2, 2), inputs(rng)
     state = random_state(CELLS[cell][0], (4, B, H), "float32", rng)
     lengths, reset = np.array([2, T, 3]), rng.random((T, B)) < 0.3
@@ -1307,12 +1350,43 @@ def test_55_what_changes_between_forward_and_backward(
         dy = np.ones_like(y)
         if change:
             layer.flat[:] = np.nan
-            for array in (x, *state_arrays(state), y, *state_arrays(final)):
+            for array in (*state_arrays(state), y, *state_arrays(final)):
                 array[...] = np.nan
             lengths[:] = 2**40
             reset[...] = ~reset
+            if every is None:
+                x[...] = np.nan
+            else:
+                x[3:, 0] = np.nan  # its padding
         results.append(gradient_arrays(tape.backward(dy)))
     assert_all_same(results[1], results[0])
+
+
+CHANGES = {
+    "negated": lambda x: np.negative(x, out=x),
+    "two signs": lambda x: np.negative(x[0, 0, [1, 9]], out=x[0, 0, 1:10:8]),
+    "one bit": lambda x: np.nextafter(x[-1, -1, -1:], np.inf, out=x[-1, -1, -1:]),
+    "rows swapped": lambda x: np.copyto(x[0, :2], x[0, 1::-1].copy()),
+    "steps swapped": lambda x: np.copyto(x[:2], x[1::-1].copy()),
+    "features rolled": lambda x: np.copyto(x, np.roll(x, 4, axis=2)),
+    "scaled": lambda x: np.multiply(x, 2, out=x),
+    "zeroed": lambda x: x.fill(0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_55_checkpoints_notice_a_changed_input(
+    change: str, dtype: str, rng: np.random.Generator
+) -> None:
+    """Signs, order, a last bit: never a gradient of something in between."""
+    for features in (10, 16, 19):
+        layer, x = make_layer("lstm", features, H, dtype=dtype), inputs(rng, T, B, features)
+        x = x.astype(dtype)
+        y, _, tape = layer.forward(x, checkpoint_every=2)
+        CHANGES[change](x)
+        with refused(RuntimeError, "x"):
+            tape.backward(y)
 
 
 @pytest.mark.parametrize("every", [None, 2])

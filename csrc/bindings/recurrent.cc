@@ -188,15 +188,15 @@ struct CallArguments {
     lengths_ = py::array_t<int64_t>(Shape{call.batch});
     const int64_t* const o = offsets_.data();
     bool fits = o[0] == 0 && o[call.batch] == total;
-    for (int64_t b = 0; b < call.batch; ++b) {
-      const int64_t n = o[b + 1] - o[b];
-      fits = fits && o[b + 1] >= o[b];
-      lengths_.mutable_data()[b] = n;
-      call.steps = std::max(call.steps, n);
-    }
+    for (int64_t b = 0; b < call.batch; ++b) fits = fits && o[b + 1] >= o[b];
     if (!fits)
       value_mismatch("offsets", "values that rise from 0 to " + std::to_string(total),
                      std::string(py::str(a)));
+    for (int64_t b = 0; b < call.batch; ++b) {
+      const int64_t n = o[b + 1] - o[b];
+      lengths_.mutable_data()[b] = n;
+      call.steps = std::max(call.steps, n);
+    }
     call.lengths = lengths_.data();
     call.starts = axes.starts = o;
   }
