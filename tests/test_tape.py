@@ -67,3 +67,22 @@ def test_many_tapes_of_one_layer_at_once(rng: np.random.Generator) -> None:
     tapes = [lstm.forward(x * k)[2] for k in range(3)]
     for k in (2, 0, 1):
         np.testing.assert_array_equal(tapes[k].backward(dy).x, want[k])
+
+
+def test_an_error_leaves_the_sums_alone(rng: np.random.Generator) -> None:
+    """Several layers: all gradients are added together at the end, or none."""
+    lstm, x, dy = problem(rng)
+    into = {name: np.ones_like(p) for name, p in lstm.params.items()}
+    _, _, tape = lstm.forward(x)
+    total = tape.backward(dy, into=into).params
+    single = lstm.forward(x)[2].backward(dy).params
+    for name, g in single.items():
+        np.testing.assert_array_equal(total[name], g + 1)
+    x2 = x.copy()
+    _, _, tape = lstm.forward(x2, checkpoint_every=3)
+    x2[0] = 0
+    kept = {name: g.copy() for name, g in into.items()}
+    with pytest.raises(RuntimeError):
+        tape.backward(dy, into=into)
+    for name, g in kept.items():
+        np.testing.assert_array_equal(into[name], g)

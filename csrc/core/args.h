@@ -46,6 +46,7 @@ struct Schedule {
   const int64_t* row_of_step;  // (T)   first row of step k within its chunk
   const int64_t* rows;         // (chunks) rows of a chunk, padded
   const int64_t* rows_before;  // (chunks+1) padded rows of all chunks before
+  int64_t max_steps;           // of the longest chunk
   int64_t max_rows;            // the largest of rows[]
 };
 

@@ -27,10 +27,11 @@ ScheduleBuilder::ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, i
   chunk_begin_.push_back(0);
   rows_before_.push_back(0);
   segments_.push_back(0);
-  int64_t max_rows = 0;
+  int64_t max_rows = 0, max_steps = 0;
   for (int64_t k = 0; k < steps;) {
     int64_t end = std::min(steps, k + per_chunk);
     if (segment > 0) end = std::min(end, (k / segment + 1) * segment);
+    max_steps = std::max(max_steps, end - k);
     int64_t rows = 0;
     for (; k < end; ++k) {
       row_of_step_[static_cast<size_t>(k)] = rows;
@@ -53,6 +54,7 @@ ScheduleBuilder::ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, i
                row_of_step_.data(),
                rows_.data(),
                rows_before_.data(),
+               max_steps,
                max_rows};
 }
 

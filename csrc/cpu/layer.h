@@ -182,6 +182,7 @@ class LayerForward {
       });
     }
     const int tasks = parts_ * static_cast<int>(directions_.size());
+    if (interrupt != nullptr) interrupt->poll();  // a short run ends before its kernels ask
     if (serial_) {
       for (int i = 0; i < tasks; ++i) task(i);
       if (interrupt != nullptr && interrupt->stop()) throw Interrupted();

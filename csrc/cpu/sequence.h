@@ -219,16 +219,8 @@ class Forward {
   }
 
  private:
-  // The most rows that this block has in any chunk.
-  int64_t most_rows() const {
-    int64_t most = 0;
-    for (int64_t c = 0; c < s_.chunks; ++c) {
-      const int64_t bound =
-          (s_.chunk_begin[c + 1] - s_.chunk_begin[c]) * rows_at(s_, s_.chunk_begin[c], j0_, j1_);
-      most = bound > most ? bound : most;
-    }
-    return most;
-  }
+  // The most rows that this block can have in a chunk.
+  int64_t most_rows() const { return s_.max_steps * (j1_ - j0_); }
 
   // Calls f(first row in the slab, rows) for runs of neighbouring rows of the steps k … end - 1.
   template <class F>

@@ -13,8 +13,9 @@ template <class T>
 struct StackStream<T>::State {
   std::shared_ptr<const PackedStack<T>> stack;
   int64_t batch;
+  Buffer
+      memory;  // h, then c, of all layers; then the outputs between layers. First: it fails early
   ScheduleBuilder schedule;  // one step of all rows
-  Buffer memory;             // h, then c, of all layers; then the outputs between layers
   std::vector<LayerForward<T>> layers;
 
   const StackSpec& spec() const { return stack->spec(); }
@@ -23,16 +24,22 @@ struct StackStream<T>::State {
   T* h(int index) { return memory.template data<T>() + index * state_size(); }
   T* c(int index) { return h(spec().count() + index); }
 
+  size_t states() const {
+    return checked_mul(2, static_cast<size_t>(spec().count()),
+                       static_cast<size_t>(ceil_div(spec().H, width()) * width()),
+                       static_cast<size_t>(batch));
+  }
+
   State(std::shared_ptr<const PackedStack<T>> s, int64_t B)
-      : stack(std::move(s)), batch(B), schedule(1, B, nullptr, B) {
+      : stack(std::move(s)),
+        batch(B),
+        memory(checked_mul(checked_add(states(), checked_mul(2, static_cast<size_t>(B),
+                                                             static_cast<size_t>(stack->spec().H))),
+                           sizeof(T))),
+        schedule(1, B, nullptr, B) {
     const int64_t H = spec().H;
-    const int count = spec().count();
-    const size_t states =
-        checked_mul(2, static_cast<size_t>(count), static_cast<size_t>(state_size()));
-    const size_t between = checked_mul(2, static_cast<size_t>(B), static_cast<size_t>(H));
-    memory = Buffer(checked_mul(checked_add(states, between), sizeof(T)));
     std::memset(memory.data(), 0, memory.size());
-    T* const y = memory.template data<T>() + states;
+    T* const y = memory.template data<T>() + states();
     for (int l = 0; l < spec().layers; ++l) {
       ForwardArgs<T> a = {};
       a.I = spec().input_size(l);

@@ -41,6 +41,12 @@ struct StackTape<T>::State {
     }
   };
 
+  // What one layer and direction adds to the parameters' gradients, in the kernels' layout.
+  struct Sums {
+    Buffer memory;
+    T *w_ih, *w_hh, *bias;
+  };
+
   // A layer as the forward pass left it.
   struct Layer {
     LayerInput<T> input = {};
@@ -148,7 +154,7 @@ struct StackTape<T>::State {
   void forward_layer(int layer, const StackCall<T>& call, T* y, const Layout& y_layout);
   void backward(const BackwardCall<T>& call);
   void backward_layer(int layer, const BackwardCall<T>& call, const T* dy, const Layout& dy_layout,
-                      T* dx, const Layout& dx_layout);
+                      T* dx, const Layout& dx_layout, std::vector<Sums>& sums);
 };
 
 template <class T>
@@ -230,32 +236,6 @@ void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y,
   }
 }
 
-template <class T>
-void StackTape<T>::State::backward(const BackwardCall<T>& call) {
-  if (checkpoint_every > 0 && !one_hot(0) && input_fingerprint(layers[0].input) != fingerprint)
-    throw std::runtime_error(
-        "x: expected the values of the forward pass, which checkpoint_every reads again, got "
-        "changed ones");
-  const int64_t DH = spec().H * spec().directions;
-  Buffer above;  // the gradient of this layer's output
-  const T* dy = call.dy;
-  Layout dy_layout = call.dy_layout;
-  for (int l = spec().layers - 1; l >= 0; --l) {
-    Buffer below;
-    T* dx = call.dx;
-    if (l > 0) {
-      below = make_buffer<T>(positions(), DH);
-      dx = below.template data<T>();
-      std::memset(dx, 0, sizeof(T) * static_cast<size_t>(positions() * DH));
-    }
-    backward_layer(l, call, dy, dy_layout, dx, l > 0 ? layout(DH) : call.dx_layout);
-    layers[static_cast<size_t>(l)] = Layer();  // freed as soon as it is used
-    above = std::move(below);
-    dy = above.template data<T>();
-    dy_layout = layout(DH);
-  }
-}
-
 // Adds the accumulated bias gradients [S*slots][W] to both biases: the same numbers, except for n
 // of a GRU whose reset gate comes after the product.
 template <class T>
@@ -272,8 +252,49 @@ void add_bias_gradients(CellKind kind, int64_t H, int W, const T* acc, const Lay
 }
 
 template <class T>
+void StackTape<T>::State::backward(const BackwardCall<T>& call) {
+  if (checkpoint_every > 0 && !one_hot(0) && input_fingerprint(layers[0].input) != fingerprint)
+    throw std::runtime_error(
+        "x: expected the values of the forward pass, which checkpoint_every reads again, got "
+        "changed ones");
+  const int64_t DH = spec().H * spec().directions;
+  std::vector<Sums> sums(static_cast<size_t>(spec().count()));
+  Buffer above;  // the gradient of this layer's output
+  const T* dy = call.dy;
+  Layout dy_layout = call.dy_layout;
+  for (int l = spec().layers - 1; l >= 0; --l) {
+    Buffer below;
+    T* dx = call.dx;
+    if (l > 0) {
+      below = make_buffer<T>(positions(), DH);
+      dx = below.template data<T>();
+      std::memset(dx, 0, sizeof(T) * static_cast<size_t>(positions() * DH));
+    }
+    backward_layer(l, call, dy, dy_layout, dx, l > 0 ? layout(DH) : call.dx_layout, sums);
+    layers[static_cast<size_t>(l)] = Layer();  // freed as soon as it is used
+    above = std::move(below);
+    dy = above.template data<T>();
+    dy_layout = layout(DH);
+  }
+
+  // All at once at the end: whoever accumulates gets the whole gradient or, on an error, nothing.
+  const Kernels<T>& k = stack->kernels();
+  const int gates = cell_traits(spec().kind).gates;
+  for (int l = 0; l < spec().layers; ++l)
+    for (int d = 0; d < spec().directions; ++d) {
+      const Sums& sum = sums[static_cast<size_t>(spec().index(l, d))];
+      const LayerGradients<T>& g = call.gradients[static_cast<size_t>(spec().index(l, d))];
+      (one_hot(l) ? k.add_table_gradient : k.add_gradient)(sum.w_ih, gates, spec().H,
+                                                           spec().input_size(l), g.w_ih);
+      k.add_gradient(sum.w_hh, gates, spec().H, spec().H, g.w_hh);
+      add_bias_gradients(spec().kind, spec().H, width(), sum.bias, g);
+    }
+}
+
+template <class T>
 void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, const T* dy,
-                                         const Layout& dy_layout, T* dx, const Layout& dx_layout) {
+                                         const Layout& dy_layout, T* dx, const Layout& dx_layout,
+                                         std::vector<Sums>& sums) {
   Layer& layer = layers[static_cast<size_t>(l)];
   const Kernels<T>& k = stack->kernels();
   const Schedule& s = schedule.get();
@@ -283,14 +304,13 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   const int64_t S = ceil_div(H, W), P = S * traits.gates, X = ceil_div(I, W), size = state_size();
   const bool want_dx = dx != nullptr;
 
-  // Work memory, per direction: transposed weights, accumulators, the running gradient of the
-  // state.
+  // Work memory, per direction: transposed weights, the running gradient of the state, the states
+  // of a chunk.
   const int64_t n_hh = S * P * W * W, n_ih = one_hot(l) ? P * I * W : X * P * W * W,
                 n_b = S * traits.slots * W;
   const int64_t n_wide = X * P * W * W, n_rows = s.max_rows * S * W;
   const size_t per_direction = checked_add(
-      checked_mul(2, static_cast<size_t>(n_hh)), static_cast<size_t>(n_ih),
-      static_cast<size_t>(n_b), static_cast<size_t>(want_dx ? n_wide : 0),
+      static_cast<size_t>(n_hh), static_cast<size_t>(want_dx ? n_wide : 0),
       checked_mul(2, static_cast<size_t>(size)),
       checked_mul(traits.has_cell || traits.two_phase ? 2 : 1, static_cast<size_t>(n_rows)));
   Buffer memory(checked_mul(per_direction, static_cast<size_t>(D), sizeof(T)));
@@ -316,10 +336,12 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.dx_layout = dx_layout;
     a.w_hh = take(n_hh);
     a.w_ih = want_dx ? take(n_wide) : nullptr;
-    a.dw_hh = take(n_hh);
-    a.dw_ih = take(n_ih);
-    a.dbias = take(n_b);
-    std::memset(a.dw_hh, 0, sizeof(T) * static_cast<size_t>(n_hh + n_ih + n_b));
+    Sums& sum = sums[static_cast<size_t>(spec().index(l, d))];
+    sum.memory = make_buffer<T>(n_hh + n_ih + n_b, 1);
+    std::memset(sum.memory.data(), 0, sum.memory.size());
+    a.dw_hh = sum.w_hh = sum.memory.template data<T>();
+    a.dw_ih = sum.w_ih = sum.w_hh + n_hh;
+    a.dbias = sum.bias = sum.w_ih + n_ih;
     a.dh = take(size);
     a.dc = take(size);
     a.h_prev = take(n_rows);
@@ -340,6 +362,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   const int panel_parts = static_cast<int>(std::min<int64_t>(P, ceil_div(threads, D)));
   const std::vector<int64_t> rows = schedule.split_rows(row_parts);
   const auto run = [&](int tasks, const auto& f) {
+    if (call.interrupt != nullptr) call.interrupt->poll();
     if (threads > 1) return run_parallel(tasks, call.interrupt, f);
     for (int i = 0; i < tasks; ++i) f(i);
     if (call.interrupt != nullptr && call.interrupt->stop()) throw Interrupted();
@@ -440,10 +463,6 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
 
   for (int d = 0; d < D; ++d) {
     const BackwardArgs<T>& a = args[static_cast<size_t>(d)];
-    const LayerGradients<T>& g = call.gradients[static_cast<size_t>(spec().index(l, d))];
-    (one_hot(l) ? k.add_table_gradient : k.add_gradient)(a.dw_ih, traits.gates, H, I, g.w_ih);
-    k.add_gradient(a.dw_hh, traits.gates, H, H, g.w_hh);
-    add_bias_gradients(spec().kind, H, W, a.dbias, g);
     store_state(a.dh, spec().index(l, d), s.order, batch, H, W, call.dh0);
     if (traits.has_cell) store_state(a.dc, spec().index(l, d), s.order, batch, H, W, call.dc0);
   }
