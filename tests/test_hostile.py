@@ -1152,7 +1152,7 @@ try:
 except KeyboardInterrupt:
     waited = time.perf_counter() - sent[0]
 timer.join()
-assert waited < 1.0, f"KeyboardInterrupt after {waited:.3f} s"
+assert waited < 0.35, f"KeyboardInterrupt after {waited:.3f} s"
 
 assert np.array_equal(layer.flat, weights)
 assert np.array_equal(layer(x[:3], threads=2)[0], short)
