@@ -24,7 +24,7 @@ template <class T>
 constexpr int kWidth = 2 * Vec<T>::N;  // W
 
 // 2 × rows accumulators, 2 vectors of weights and a broadcast fit the register file: 6 rows in 16
-// registers. With 32 registers, 8 rows leave the load ports enough slack; more rows gained nothing.
+// registers. With 32 registers, 8 rows need 10 loads for 16 multiply-adds.
 constexpr int kTileRows = kVectorRegisters >= 32 ? 8 : 6;
 
 // Panels at once for a tile of few rows, so that enough independent chains hide the latency of the
