@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +29,22 @@ namespace {
 using fastrnn::Buffer;
 using fastrnn::checked_add;
 using fastrnn::checked_mul;
+
+// A child forked while another thread is inside AddressSanitizer's allocator inherits that
+// allocator's locks, held for ever (GCC 12's does not release them; the C library's does): under it
+// the threads have ended before the first fork.
+#if defined(__SANITIZE_ADDRESS__)
+#define FASTRNN_ADDRESS_SANITIZER 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FASTRNN_ADDRESS_SANITIZER 1
+#endif
+#endif
+#if defined(FASTRNN_ADDRESS_SANITIZER)
+constexpr bool kForkAmongThreads = false;
+#else
+constexpr bool kForkAmongThreads = true;
+#endif
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 constexpr std::size_t kMax = SIZE_MAX;
@@ -137,8 +154,17 @@ void test_threads_and_forks() {
       }
     });
   }
+  const auto end_threads = [&] {
+    stop = true;
+    for (std::thread& thread : threads) thread.join();
+    threads.clear();
+  };
   Buffer inherited(3 * kMiB);
   inherited.data()[5] = 42;
+  if (!kForkAmongThreads) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    end_threads();
+  }
   for (int i = 0; i < 20; ++i) {
     const pid_t pid = fork();
     if (pid == 0) {
@@ -157,8 +183,7 @@ void test_threads_and_forks() {
     CHECK_EQ(status, 0);
   }
   CHECK_EQ(static_cast<int>(inherited.data()[5]), 42);
-  stop = true;
-  for (std::thread& thread : threads) thread.join();
+  end_threads();
   CHECK_EQ(torn.load(), 0);
 }
 
