@@ -102,7 +102,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "⟨Cell::kTwoPhase && g == 2 ? rh_ : h_prev_ → h_prev_⟩",
         ),
         ("dy's tail ignored", "⟨dh = dh + V::load_n(dy + v, lanes - v); → ⟩"),
-        ("dW_hh from the input's slot", "outer_panel(gates_.at(⟨state_slot → in_slot⟩, r0)"),
+        ("dW_hh from the input's slot", "outer_panels(gates_.at(⟨state_slot → in_slot⟩, r0)"),
     ],
     "core/schedule.cc": [
         ("rows work one step past their end", "(n - 1)] ⟨<= → <⟩ k) --n;"),

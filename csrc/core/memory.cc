@@ -5,6 +5,7 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -163,6 +164,17 @@ Buffer& Buffer::operator=(Buffer&& other) noexcept {
   std::swap(size_, other.size_);
   std::swap(capacity_, other.capacity_);
   return *this;
+}
+
+std::size_t second_level_cache_bytes() noexcept {
+  static const std::size_t bytes = [] {
+    long found = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return found > 0 ? static_cast<std::size_t>(found) : std::size_t{1} << 20;
+  }();
+  return bytes;
 }
 
 std::size_t release_cached_memory() noexcept {

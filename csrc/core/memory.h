@@ -36,6 +36,9 @@ class Buffer {
   std::size_t capacity_ = 0;  // bytes the block really has, at least size_
 };
 
+// Of one core's second-level cache; 1 MiB where the system does not say.
+std::size_t second_level_cache_bytes() noexcept;
+
 // Gives the kept blocks back to the system; returns how many bytes that was.
 std::size_t release_cached_memory() noexcept;
 

@@ -23,13 +23,21 @@ namespace FASTRNN_ISA {
 template <class T>
 constexpr int kWidth = 2 * Vec<T>::N;  // W
 
-// 2 × rows accumulators, 2 vectors of weights and a broadcast fit the register file: 6 rows in 16
-// registers. With 32 registers, 8 rows need 10 loads for 16 multiply-adds.
-constexpr int kTileRows = kVectorRegisters >= 32 ? 8 : 6;
+// Rows of a tile. 6 rows × 2 vectors of accumulators, 2 vectors of weights and a broadcast fit 16
+// registers.
+constexpr int kTileRows = 6;
 
-// Panels at once for a tile of few rows, so that enough independent chains hide the latency of the
-// multiply-add.
-constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+// Panels at once for a tile of so many rows. With 16 registers one panel; fewer rows take two or
+// four, so that enough independent chains hide the latency of the multiply-add (3 rows × 2 panels
+// would spill). With 32 registers two panels fit 6 rows: 10 loads for 24 multiply-adds instead of 8
+// for 12, which tells where a core's two hardware threads share its instruction slots.
+constexpr int panels_at_once(int rows) {
+  if (kVectorRegisters >= 32) return rows <= 2 ? 4 : 2;
+  return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+}
+
+// Panels of the right operand at once in a product of columns (outer_panels below).
+constexpr int kOuterPanels = panels_at_once(kTileRows);
 
 // The left operand of a product over k: `groups` superblocks of `per_group` panels each. Rows are W
 // apart; a panel contributes W values of k, in the last group `tail`.
@@ -142,40 +150,54 @@ FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Ri
 // panel, both k-major. Descending, because back-propagation visits the steps from the last to the
 // first: so a gradient is one chain over all steps and does not depend on how they were cut into
 // chunks.
-template <class T, int ROWS>
-__attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t rows, T* c) {
+template <class T, int ROWS, int NP>
+__attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stride, int64_t rows,
+                                          T* const* c) {
   constexpr int W = kWidth<T>;
-  Tile<T, ROWS, 1> tile;
-  tile.load(&c);
+  Tile<T, ROWS, NP> tile;
+  tile.load(c);
   a += rows * W;
   b += rows * W;
 #pragma GCC unroll 4
   for (int64_t k = 0; k < rows; ++k) {
     a -= W;
     b -= W;
-    tile.template add<1>(a, b, 0);
+    tile.template add<1>(a, b, b_stride);
   }
-  tile.store(&c);
+  tile.store(c);
 }
 
 template <class T, int ROWS = kTileRows>
-FASTRNN_INLINE void outer_rows(int n, const T* a, const T* b, int64_t rows, T* c) {
+FASTRNN_INLINE void outer_rows(int n, int panels, const T* a, const T* b, int64_t b_stride,
+                               int64_t rows, T* const* c) {
   if constexpr (ROWS > 1) {
-    if (n < ROWS) return outer_rows<T, ROWS - 1>(n, a, b, rows, c);
+    if (n < ROWS) return outer_rows<T, ROWS - 1>(n, panels, a, b, b_stride, rows, c);
   }
-  outer_tile<T, ROWS>(a, b, rows, c);
+  if constexpr (kOuterPanels > 1) {
+    if (panels > 1) return outer_tile<T, ROWS, kOuterPanels>(a, b, b_stride, rows, c);
+  }
+  outer_tile<T, ROWS, 1>(a, b, b_stride, rows, c);
 }
 
-// c [W][W] += aᵀ b over `rows` rows of two panels; only the first `lanes` columns of a are wanted.
+// c[p] [W][W] += aᵀ b[p] over `rows` rows of the panel a and of 1 … kOuterPanels panels b; only the
+// first `lanes` columns of a are wanted.
 template <class T>
-void outer_panel(const T* a, const T* b, int64_t rows, int lanes, T* c) {
+void outer_panels(const T* a, const T* b, int64_t b_stride, int panels, int64_t rows, int lanes,
+                  T* c, int64_t c_stride) {
   constexpr int W = kWidth<T>;
   const int tiles = (lanes + kTileRows - 1) / kTileRows;
   for (int i = 0, done = 0; i < tiles; ++i) {  // as even as possible: 16 = 6 + 5 + 5
     const int n = (lanes - done + tiles - i - 1) / (tiles - i);
-    outer_rows<T>(n, a + done, b, rows, c + done * W);
+    T* out[kOuterPanels];
+    for (int p = 0; p < panels; ++p) out[p] = c + p * c_stride + done * W;
+    outer_rows<T>(n, panels, a + done, b, b_stride, rows, out);
     done += n;
   }
+}
+
+// Panels that outer_panels takes when `left` are to be done.
+FASTRNN_INLINE int outer_count(int64_t left) {
+  return left < kOuterPanels ? static_cast<int>(left) : kOuterPanels;
 }
 
 // sum [W] += column sums of a panel, from the last row to the first.

@@ -127,13 +127,13 @@ double layer_work(const ForwardArgs<T>& a, CellKind kind) {
          (inputs + static_cast<double>(a.H));
 }
 
-// How many threads share the hidden units of a layer, when its rows are too few to share.
+// plan_division for one layer and all its directions.
 template <class T>
-int team_size(const Kernels<T>& kernels, CellKind kind, const Schedule& s, int64_t H,
-              int directions, int row_parts, int threads) {
-  if (directions > 1 || row_parts > 1) return 1;
+Division divide(const Kernels<T>& kernels, CellKind kind, const Schedule& s, int64_t H,
+                int directions, double multiply_adds, int threads) {
   const int64_t bytes = cell_traits(kind).gates * H * H * static_cast<int64_t>(sizeof(T));
-  return plan_team(threads, s.steps, s.batch, bytes, ceil_div(H, kernels.width));
+  return plan_division(threads, {directions, s.steps, s.batch, bytes, ceil_div(H, kernels.width),
+                                 multiply_adds, static_cast<int64_t>(second_level_cache_bytes())});
 }
 
 // The threads' shares of one layer: all directions × row parts, or the members of a team, with the
@@ -147,10 +147,11 @@ class LayerForward {
       : kernels_(kernels), kind_(static_cast<int>(kind)), directions_(directions) {
     const int D = static_cast<int>(directions.size());
     const double work = layer_work(directions[0], kind) * D;
-    parts_ = plan_row_parts(threads, D, schedule.get().batch, work);
     serial_ = plan_threads(threads, work) == 1;
     const ForwardArgs<T>& first = directions[0];
-    team_ = team_size(kernels, kind, schedule.get(), first.H, D, parts_, threads);
+    const Division division = divide(kernels, kind, schedule.get(), first.H, D, work, threads);
+    parts_ = division.row_parts;
+    team_ = division.team;
     rows_ = schedule.split_rows(parts_);
     size_t total = 0;
     for (const ForwardArgs<T>& a : directions_)

@@ -13,15 +13,29 @@ namespace fastrnn {
 // thread gets at least 2^17 of them (about 5 µs of arithmetic).
 int plan_threads(int threads, double multiply_adds);
 
-// Parts that a batch of B rows is cut into. A part has at least 4 rows: with fewer, a row costs as
-// much as the reading of the weights, which every part repeats.
-int plan_row_parts(int threads, int directions, int64_t B, double multiply_adds);
+// How one layer's recurrence is shared: row_parts tasks per direction that each take some rows
+// through all steps and wait for nobody, or (then row_parts is 1) a team of `team` threads that
+// share the hidden units and meet after every step.
+struct Division {
+  int row_parts;
+  int team;
+};
 
-// Members of a team that shares the hidden units of one layer and direction when there are too few
-// rows to split: each keeps its part of W_hh in its own cache. A step must take long enough that a
-// meeting (some 0.4 µs) pays, and the whole call long enough that gathering the team (some 20 µs)
-// does. superblocks: what a member's part is a whole number of.
-int plan_team(int threads, int64_t steps, int64_t rows, int64_t w_hh_bytes, int64_t superblocks);
+// What plan_division weighs. w_hh_bytes: the packed recurrent weights of a direction; superblocks:
+// what a team member's part is a whole number of; multiply_adds: of the whole call, all directions;
+// l2_bytes: of one core's second-level cache.
+struct LayerCost {
+  int directions;
+  int64_t steps, rows, w_hh_bytes, superblocks;
+  double multiply_adds;
+  int64_t l2_bytes;
+};
+
+// A part has at least 4 rows: with fewer, a row costs as much as the reading of the weights, which
+// every part repeats. A team's members read only their share of the weights, and keep it in a cache
+// that the whole would not fit; against that stand the meetings (some 0.4 µs) and that every step
+// waits for the slowest. A team must also save more than it costs to gather (some 20 µs).
+Division plan_division(int threads, const LayerCost& cost);
 
 // Whether several layers should run at once, each a chunk of steps behind the one below: when there
 // are too few rows to split and both directions do not already keep two threads busy. recurrent:

@@ -371,25 +371,29 @@ class Forward {
   }
 
   // For every superblock s and tile of rows: add left · W_hhᵀ to COUNT gates from g0 on, then f(s,
-  // first row, rows). A cell of one gate takes several superblocks at once when the rows are few.
+  // first row, rows). An odd COUNT takes several superblocks together where the tile has room for
+  // more panels.
   template <int COUNT, class F>
   FASTRNN_INLINE void for_tiles(int64_t row, int64_t n, int g0, const Panels<T>& left,
                                 const F& f) const {
-    const int group = COUNT == 1 && G == 1 && n <= 3 ? panels_at_once(static_cast<int>(n)) : 1;
-    const int64_t panel = a_.H * W;
+    static_assert(COUNT == G || COUNT == 1 || COUNT % 2 == 0, "evenly spaced panels of weights");
+    constexpr int kMost = COUNT == 1 ? 4 : COUNT % 2 == 1 ? 2 : 1;  // superblocks together
+    const int room = panels_at_once(tile_rows(n));
+    const int group = room < kMost ? room : kMost;
+    const int64_t panel = a_.H * W, stride = COUNT == 1 ? G * panel : panel;
     for (int64_t s = mine_.first; s < mine_.end; s += group) {
       const int together = static_cast<int>(mine_.end - s < group ? mine_.end - s : group);
+      const int count = COUNT * together;
       for (int64_t r = 0; r < n;) {
         const int m = tile_rows(n - r);
         const int most = panels_at_once(m);
-        T* out[4];
-        const int count = COUNT * together;
+        T* out[COUNT * kMost];
         for (int i = 0; i < count; ++i)
           out[i] =
               gates_.at((s + i / COUNT) * Cell::kSlots + Cell::kStateSlot[g0 + i % COUNT], row + r);
         const Left<T> a = state_rows(left, r, a_.H);
         for (int i = 0; i < count; i += most) {
-          const Right<T> w = {a_.weights.w_hh + (s * G + g0 + i) * panel, W * W, panel};
+          const Right<T> w = {a_.weights.w_hh + (s * G + g0) * panel + i * stride, W * W, stride};
           multiply<T>(m, count - i < most ? count - i : most, a, w, out + i);
         }
         for (int i = 0; i < together; ++i) f(s + i, r, m);
@@ -537,8 +541,8 @@ class Backward {
 
   // Gate panels p0 … p1 - 1 of dW_ih, dW_hh and the biases.
   void weight_gradients(int64_t p0, int64_t p1) {
-    constexpr int64_t kBlock =
-        256;  // rows at once: two panels of them stay in the first-level cache
+    // Rows at once: a panel of them takes 16 KB, and three stay near the first-level cache.
+    constexpr int64_t kBlock = 16384 / (W * static_cast<int>(sizeof(T)));
     const int64_t rows = rows_in_chunk(), P = S_ * G;
     Ticker ticker(a_.interrupt);
     for (int64_t p = p0; p < p1; ++p) {
@@ -549,13 +553,14 @@ class Backward {
       const Panels<T>& state = Cell::kTwoPhase && g == 2 ? rh_ : h_prev_;
       for (int64_t r1 = rows; r1 > 0;) {
         const int64_t r0 = r1 > kBlock ? r1 - kBlock : 0;
-        for (int64_t b = 0; b < S_; ++b)
-          outer_panel(gates_.at(state_slot, r0), state.at(b, r0), r1 - r0, lanes,
-                      a_.dw_hh + (b * P + p) * W * W);
+        for (int64_t b = 0; b < S_; b += kOuterPanels)
+          outer_panels(gates_.at(state_slot, r0), state.at(b, r0), state.stride,
+                       outer_count(S_ - b), r1 - r0, lanes, a_.dw_hh + (b * P + p) * W * W,
+                       P * W * W);
         if (x_.base != nullptr)
-          for (int64_t b = 0; b < X_; ++b)
-            outer_panel(gates_.at(in_slot, r0), x_.at(b, r0), r1 - r0, lanes,
-                        a_.dw_ih + (b * P + p) * W * W);
+          for (int64_t b = 0; b < X_; b += kOuterPanels)
+            outer_panels(gates_.at(in_slot, r0), x_.at(b, r0), x_.stride, outer_count(X_ - b),
+                         r1 - r0, lanes, a_.dw_ih + (b * P + p) * W * W, P * W * W);
         r1 = r0;
       }
       if (a_.input.ids != nullptr) add_to_table(gates_.at(in_slot, 0), a_.dw_ih + p * a_.I * W);

@@ -358,7 +358,8 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   for (int64_t j = 0; j < batch; ++j) work += static_cast<double>(s.length[j]);
   work *= static_cast<double>(traits.gates * H * H * D);
   const int threads = plan_threads(call.threads, work);
-  const int row_parts = plan_row_parts(call.threads, D, batch, work);
+  const Division division = divide(k, spec().kind, s, H, D, work, call.threads);
+  const int row_parts = division.row_parts, team_members = division.team;
   const int panel_parts = static_cast<int>(std::min<int64_t>(P, ceil_div(threads, D)));
   const std::vector<int64_t> rows = schedule.split_rows(row_parts);
   const auto run = [&](int tasks, const auto& f) {
@@ -386,7 +387,6 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   Buffer dx_scratch;
   if (want_dx) dx_scratch = make_buffer<T>(dx_parts * dx_rows, X * W);
 
-  const int team_members = team_size(k, spec().kind, s, H, D, row_parts, threads);
   const auto back_through_steps = [&](int64_t c) {
     if (team_members > 1) {
       return run_as_team(team_members, call.interrupt, [&](int rank, Team& team) {

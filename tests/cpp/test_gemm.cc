@@ -19,13 +19,14 @@ namespace {
 
 using fastrnn::LinearArgs;
 using fastrnn::FASTRNN_ISA::blocks;
+using fastrnn::FASTRNN_ISA::kOuterPanels;
 using fastrnn::FASTRNN_ISA::kTileRows;
 using fastrnn::FASTRNN_ISA::kWidth;
 using fastrnn::FASTRNN_ISA::Left;
 using fastrnn::FASTRNN_ISA::linear;
 using fastrnn::FASTRNN_ISA::multiply;
 using fastrnn::FASTRNN_ISA::outer;
-using fastrnn::FASTRNN_ISA::outer_panel;
+using fastrnn::FASTRNN_ISA::outer_panels;
 using fastrnn::FASTRNN_ISA::panels_at_once;
 using fastrnn::FASTRNN_ISA::Right;
 using fastrnn::FASTRNN_ISA::sum_rows;
@@ -145,30 +146,37 @@ void test_multiply() {
     }
 }
 
-// c [W][W] += aᵀ b, k descending; columns of a past `lanes` are NaN and their rows of c untouched.
+// c[p] [W][W] += aᵀ b[p], k descending; columns of a past `lanes` are NaN and their rows of c
+// untouched.
 template <class T>
-void test_outer_panel() {
+void test_outer_panels() {
   constexpr int W = kWidth<T>;
   Random random;
-  for (int rows : {0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64})
-    for (int lanes = 1; lanes <= W; ++lanes) {
-      const int shift = lanes % 2;
-      std::vector<T> a = filled(rows * W + shift, std::numeric_limits<T>::quiet_NaN());
-      std::vector<T> b(a), c = filled((W + 2) * W + shift, T(kSentinel));
-      T *const a0 = a.data() + shift, *const b0 = b.data() + shift,
-               *const c0 = c.data() + shift + W;
-      for (int k = 0; k < rows; ++k) random.fill(a0 + k * W, lanes);
-      random.fill(b0, rows * W);
-      random.fill(c0, lanes * W);
-      std::vector<T> expected = c;
-      for (int i = 0; i < lanes; ++i)
-        for (int j = 0; j < W; ++j) {
-          T& sum = expected[static_cast<std::size_t>(shift + (i + 1) * W + j)];
-          for (int k = rows - 1; k >= 0; --k) sum = link(a0[k * W + i], b0[k * W + j], sum);
+  for (int panels = 1; panels <= kOuterPanels; ++panels)
+    for (int rows : {0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64})
+      for (int lanes = 1; lanes <= W; ++lanes) {
+        const int shift = lanes % 2, b_stride = (rows + 1) * W, c_stride = (W + 3) * W;
+        std::vector<T> a = filled(rows * W + shift, std::numeric_limits<T>::quiet_NaN());
+        std::vector<T> b = filled(panels * b_stride + shift, std::numeric_limits<T>::quiet_NaN());
+        std::vector<T> c = filled((panels * (W + 3) + 1) * W + shift, T(kSentinel));
+        T *const a0 = a.data() + shift, *const b0 = b.data() + shift,
+                 *const c0 = c.data() + shift + W;
+        for (int k = 0; k < rows; ++k) random.fill(a0 + k * W, lanes);
+        for (int p = 0; p < panels; ++p) {
+          random.fill(b0 + p * b_stride, rows * W);
+          random.fill(c0 + p * c_stride, lanes * W);
         }
-      outer_panel(a0, b0, rows, lanes, c0);
-      check_bits(c, expected, "outer_panel");
-    }
+        std::vector<T> expected = c;
+        for (int p = 0; p < panels; ++p)
+          for (int i = 0; i < lanes; ++i)
+            for (int j = 0; j < W; ++j) {
+              T& sum = expected[static_cast<std::size_t>(shift + p * c_stride + (i + 1) * W + j)];
+              for (int k = rows - 1; k >= 0; --k)
+                sum = link(a0[k * W + i], b0[p * b_stride + k * W + j], sum);
+            }
+        outer_panels(a0, b0, b_stride, panels, rows, lanes, c0, c_stride);
+        check_bits(c, expected, "outer_panels");
+      }
 }
 
 template <class T>
@@ -252,7 +260,7 @@ void test_linear() {
 template <class T>
 void test_all() {
   test_multiply<T>();
-  test_outer_panel<T>();
+  test_outer_panels<T>();
   test_sum_rows<T>();
   test_linear<T>();
 }

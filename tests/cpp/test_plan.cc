@@ -8,9 +8,10 @@
 
 namespace {
 
+using fastrnn::Division;
+using fastrnn::LayerCost;
 using fastrnn::plan_chunk_rows;
-using fastrnn::plan_row_parts;
-using fastrnn::plan_team;
+using fastrnn::plan_division;
 using fastrnn::plan_threads;
 using fastrnn::plan_wave_rows;
 using fastrnn::plan_wavefront;
@@ -34,13 +35,24 @@ void test_threads() {
   CHECK_EQ(plan_threads(8, 1e300), 8);
 }
 
+constexpr int64_t kL2 = 1 << 20;
+
+LayerCost cost(int directions, int64_t steps, int64_t rows, int64_t bytes, int64_t superblocks,
+               double work) {
+  return {directions, steps, rows, bytes, superblocks, work, kL2};
+}
+
 void test_row_parts() {
   for (int threads : {1, 2, 3, 4, 8, 64})
     for (int directions : {1, 2})
       for (int64_t B = 0; B <= 300; ++B) {
         int last = 0;
         for (double work = 1; work < 1e12; work *= 4) {
-          const int parts = plan_row_parts(threads, directions, B, work);
+          // One superblock: nothing that a team could share.
+          const Division division =
+              plan_division(threads, cost(directions, 100, B, 1 << 14, 1, work));
+          CHECK_EQ(division.team, 1);
+          const int parts = division.row_parts;
           CHECK(parts >= 1);
           CHECK(parts == 1 || B / parts >= 4);  // a part's rows share the reading of the weights
           CHECK(parts * directions < threads + directions);  // never more tasks than it takes
@@ -49,37 +61,58 @@ void test_row_parts() {
         }
         if (B >= 4 * threads) CHECK_EQ(last * directions >= threads, true);
       }
+  const auto parts = [](int threads, int directions, int64_t B, double work) {
+    return plan_division(threads, cost(directions, 100, B, 1 << 14, 1, work)).row_parts;
+  };
   const double large = 1e12;
-  CHECK_EQ(plan_row_parts(8, 1, 64, large), 8);
-  CHECK_EQ(plan_row_parts(8, 2, 64, large), 4);
-  CHECK_EQ(plan_row_parts(8, 1, 16, large), 4);
-  CHECK_EQ(plan_row_parts(8, 1, 3, large), 1);
-  CHECK_EQ(plan_row_parts(8, 1, 0, large), 1);
-  CHECK_EQ(plan_row_parts(8, 1, 64, 1000), 1);
-  CHECK_EQ(plan_row_parts(3, 2, 64, large), 2);
+  CHECK_EQ(parts(8, 1, 64, large), 8);
+  CHECK_EQ(parts(8, 2, 64, large), 4);
+  CHECK_EQ(parts(8, 1, 16, large), 4);
+  CHECK_EQ(parts(8, 1, 3, large), 1);
+  CHECK_EQ(parts(8, 1, 0, large), 1);
+  CHECK_EQ(parts(8, 1, 64, 1000), 1);
+  CHECK_EQ(parts(3, 2, 64, large), 2);
 }
 
 void test_team() {
   for (int64_t superblocks : {1, 2, 5, 32})
-    for (int64_t rows : {0, 1, 3, 7})
+    for (int64_t rows : {0, 1, 3, 7, 16, 64})
       for (int64_t bytes = 256; bytes < int64_t{1} << 26; bytes *= 4) {
         int last = 0;
         for (int64_t steps : {0, 1, 10, 1000}) {
+          const auto plan = [&](int threads) {
+            return plan_division(threads, cost(1, steps, rows, bytes, superblocks,
+                                               static_cast<double>(steps * rows * bytes)));
+          };
           for (int threads = 1; threads <= 16; ++threads) {
-            const int members = plan_team(threads, steps, rows, bytes, superblocks);
-            CHECK(members >= 1 && members <= threads && members <= superblocks);
+            const Division division = plan(threads);
+            CHECK(division.team >= 1 && division.team <= threads && division.team <= superblocks);
+            CHECK(division.team == 1 || division.row_parts == 1);  // one way or the other
           }
-          const int members = plan_team(16, steps, rows, bytes, superblocks);
-          CHECK(members >= last);  // a longer call, no fewer members
-          last = members;
+          const int members = plan(16).team;
+          if (rows < 8) {
+            CHECK(members >= last);  // a longer call, no fewer members
+            last = members;
+          }
         }
       }
-  const int64_t lstm_512 = 4 * 512 * 512 * 4, lstm_32 = 4 * 32 * 32 * 4;
-  CHECK_EQ(plan_team(2, 100, 1, lstm_512, 16), 2);
-  CHECK_EQ(plan_team(1, 100, 1, lstm_512, 16), 1);
-  CHECK_EQ(plan_team(8, 100, 1, lstm_512, 1), 1);  // one superblock cannot be shared
-  CHECK_EQ(plan_team(8, 0, 1, lstm_512, 16), 1);
-  CHECK_EQ(plan_team(8, 100, 1, lstm_32, 4), 1);  // a meeting costs more than a step
+  const auto lstm = [](int threads, int directions, int64_t steps, int64_t rows, int64_t H,
+                       int64_t superblocks) {
+    return plan_division(threads, {directions, steps, rows, 4 * H * H * 4, superblocks,
+                                   static_cast<double>(steps * rows * 8 * H * H), 2 * kL2});
+  };
+  CHECK_EQ(lstm(2, 1, 100, 1, 512, 16).team, 2);
+  CHECK_EQ(lstm(1, 1, 100, 1, 512, 16).team, 1);
+  CHECK_EQ(lstm(8, 1, 100, 1, 512, 1).team, 1);  // one superblock cannot be shared
+  CHECK_EQ(lstm(8, 1, 0, 1, 512, 16).team, 1);
+  CHECK_EQ(lstm(8, 1, 100, 1, 32, 4).team, 1);    // a meeting costs more than a step
+  CHECK_EQ(lstm(2, 2, 100, 1, 512, 16).team, 1);  // a thread for each direction
+  // Many rows: to wait for nobody is better, unless each part would read the weights from far away.
+  CHECK_EQ(lstm(2, 1, 100, 32, 256, 8).row_parts, 2);
+  CHECK_EQ(lstm(2, 1, 100, 64, 512, 16).row_parts, 2);
+  CHECK_EQ(lstm(2, 1, 100, 16, 512, 16).team, 2);
+  CHECK_EQ(lstm(2, 1, 100, 8, 256, 8).team, 2);
+  CHECK_EQ(lstm(2, 1, 100, 8, 128, 4).row_parts, 2);
 }
 
 void test_wavefront() {
