@@ -20,24 +20,42 @@ FASTRNN_INLINE int valid_lanes(int64_t n, int64_t b, int w) {
   return left < w ? static_cast<int>(left) : w;
 }
 
+// dst[c * dst_stride + r] = src[r * src_stride + c] for `rows` × `cols` elements: squares of
+// vectors, and what is left over one by one.
+template <class T>
+FASTRNN_INLINE void transpose(const T* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst,
+                              int64_t dst_stride) {
+  using V = Vec<T>;
+  constexpr int N = V::N;
+  int64_t c = 0;
+  for (; c + N <= cols; c += N) {
+    int64_t r = 0;
+    for (; r + N <= rows; r += N) {
+      V square[N];
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) square[i] = V::load(src + (r + i) * src_stride + c);
+      V::transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) square[i].store(dst + (c + i) * dst_stride + r);
+    }
+    for (; r < rows; ++r)
+      for (int i = 0; i < N; ++i) dst[(c + i) * dst_stride + r] = src[r * src_stride + c + i];
+  }
+  for (; c < cols; ++c)
+    for (int64_t r = 0; r < rows; ++r) dst[c * dst_stride + r] = src[r * src_stride + c];
+}
+
 // w (G*H, K) → out [S*G][K][W], panels panel0 … panel1 - 1; lanes past H are zero.
 template <class T>
 void pack(const T* w, int64_t gates, int64_t H, int64_t K, int64_t panel0, int64_t panel1, T* out) {
   constexpr int W = kWidth<T>;
-  constexpr int64_t kBlock =
-      64;  // rows of k at once: W * kBlock elements stay in the first-level cache
   for (int64_t p = panel0; p < panel1; ++p) {
     const int64_t s = p / gates, g = p % gates;
     const int lanes = valid_lanes(H, s, W);
-    const T* const src = w + (g * H + s * W) * K;
     T* const dst = out + p * K * W;
-    for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-      const int64_t k1 = k0 + kBlock < K ? k0 + kBlock : K;
-      for (int lane = 0; lane < lanes; ++lane)
-        for (int64_t k = k0; k < k1; ++k) dst[k * W + lane] = src[lane * K + k];
-      for (int lane = lanes; lane < W; ++lane)
-        for (int64_t k = k0; k < k1; ++k) dst[k * W + lane] = 0;
-    }
+    transpose(w + (g * H + s * W) * K, K, lanes, K, dst, W);
+    for (int64_t k = 0; k < K && lanes < W; ++k)
+      for (int lane = lanes; lane < W; ++lane) dst[k * W + lane] = 0;
   }
 }
 
@@ -50,12 +68,10 @@ void pack_transposed(const T* panels, int64_t P, int64_t K, int64_t block0, int6
   for (int64_t b = block0; b < block1; ++b) {
     const int n = valid_lanes(K, b, W);
     for (int64_t p = 0; p < P; ++p) {
-      const T* const src = panels + (p * K + b * W) * W;
       T* const dst = out + (b * P + p) * W * W;
-      for (int k = 0; k < n; ++k)
-        for (int lane = 0; lane < W; ++lane) dst[lane * W + k] = src[k * W + lane];
-      for (int k = n; k < W; ++k)
-        for (int lane = 0; lane < W; ++lane) dst[lane * W + k] = 0;
+      transpose(panels + (p * K + b * W) * W, W, n, W, dst, W);
+      for (int lane = 0; lane < W && n < W; ++lane)
+        for (int k = n; k < W; ++k) dst[lane * W + k] = 0;
     }
   }
 }

@@ -46,20 +46,28 @@ constexpr int kVectorRegisters = 16;
 
 // The registers themselves: T's lanes, the same lanes as unsigned integers, and as the signed
 // integers in which comparisons answer (-1 true, 0 false).
+template <class T, class B, class M>
+struct RegisterOf {
+  typedef T Native __attribute__((vector_size(FASTRNN_VEC_BYTES)));
+  typedef B Bits __attribute__((vector_size(FASTRNN_VEC_BYTES)));
+  typedef M Mask __attribute__((vector_size(FASTRNN_VEC_BYTES)));
+
+  // The lanes J of a followed by b.
+  template <int... J>
+  static FASTRNN_INLINE Native pick(Native a, Native b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, J...);
+#else
+    return __builtin_shuffle(a, b, Mask{J...});
+#endif
+  }
+};
 template <class T>
 struct Register;
 template <>
-struct Register<float> {
-  typedef float Native __attribute__((vector_size(FASTRNN_VEC_BYTES)));
-  typedef uint32_t Bits __attribute__((vector_size(FASTRNN_VEC_BYTES)));
-  typedef int32_t Mask __attribute__((vector_size(FASTRNN_VEC_BYTES)));
-};
+struct Register<float> : RegisterOf<float, uint32_t, int32_t> {};
 template <>
-struct Register<double> {
-  typedef double Native __attribute__((vector_size(FASTRNN_VEC_BYTES)));
-  typedef uint64_t Bits __attribute__((vector_size(FASTRNN_VEC_BYTES)));
-  typedef int64_t Mask __attribute__((vector_size(FASTRNN_VEC_BYTES)));
-};
+struct Register<double> : RegisterOf<double, uint64_t, int64_t> {};
 
 template <class T>
 struct Isa;
@@ -190,6 +198,16 @@ struct Isa<double> : PartialAccess<double> {
 #endif
 #endif
 
+// The numbers 0 … n - 1 as template arguments.
+template <int... J>
+struct Lanes {};
+template <int n, int... J>
+struct Count : Count<n - 1, n - 1, J...> {};
+template <int... J>
+struct Count<0, J...> {
+  static FASTRNN_INLINE Lanes<J...> lanes() { return {}; }
+};
+
 template <class T>
 struct Vec {
   using Scalar = T;
@@ -245,6 +263,24 @@ struct Vec {
   // a, negated where the sign bit of `sgn` is set.
   friend FASTRNN_INLINE Vec flip_sign(Vec a, Vec sgn) {
     return {(Native)((Bits)a.v ^ ((Bits)sgn.v & FloatBits<T>::kSign))};
+  }
+
+  // rows[i] lane j and rows[j] lane i change places: log2(N) rounds, of which round S moves the
+  // lanes that have bit S set in row i and those that have not in row i + S.
+  static FASTRNN_INLINE void transpose(Vec (&rows)[N]) { exchange<1>(rows, Count<N>::lanes()); }
+
+  template <int S, int... J>
+  static FASTRNN_INLINE void exchange(Vec (&rows)[N], Lanes<J...> lanes) {
+    if constexpr (S < N) {
+#pragma GCC unroll 16
+      for (int i = 0; i < N; ++i) {
+        if ((i & S) != 0) continue;
+        const Native a = rows[i].v, b = rows[i + S].v;
+        rows[i].v = Register<T>::template pick<(J & S ? N + J - S : J)...>(a, b);
+        rows[i + S].v = Register<T>::template pick<(J & S ? N + J : J + S)...>(a, b);
+      }
+      exchange<2 * S>(rows, lanes);
+    }
   }
 
   // 2^n for m = n + FloatBits<T>::kMagic, n an integer in [-kBias, kBias + 1]; the ends are 0 and
