@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from benchmarks.cases import CHARACTERS, INFERENCE, STEP, Case
+from benchmarks.cases import CHARACTERS, INFERENCE, STEP, TRAINING, Case
 from benchmarks.peers import OURS
 
-__all__ = ["BEST_OF", "Result", "geometric_mean", "summary"]
+__all__ = ["BEST_OF", "Result", "format_seconds", "geometric_mean", "shares", "summary"]
 
 BEST_OF = ("PyTorch", "ONNX Runtime")  # a user would take the faster one
 
@@ -28,13 +28,13 @@ class Result:
 
     Attributes:
         seconds: Library → threads → seconds a call.
-        limits: Threads → (GF/s, GB/s) of the machine; GB/s is 0 where it was not measured.
+        limits: Threads → (GF/s, GB/s, tile GF/s) of the machine; 0 is what was not measured.
         failures: What did not agree or did not run, a line each.
     """
 
     case: Case
     seconds: dict[str, dict[int, list[float]]]
-    limits: dict[int, list[tuple[float, float]]]
+    limits: dict[int, list[tuple[float, float, float]]]
     failures: list[str] = field(default_factory=list)
 
     def threads(self, peer: str) -> int:
@@ -70,7 +70,21 @@ class Result:
         threads = threads or self.threads(OURS)
         pairs = zip(self.limits[threads], self.seconds[OURS][threads], strict=False)
         return statistics.median(
-            self.case.flops / seconds / (gflops * 1e9) for (gflops, _), seconds in pairs
+            self.case.flops / seconds / (gflops * 1e9) for (gflops, _, _), seconds in pairs
+        )
+
+    def of_tile(self, threads: int | None = None) -> float | None:
+        """As `of_peak`, of what tiles of a product reach in the first-level cache.
+
+        None where B = 1, since a row is no tile, and where it was not measured.
+        """
+        threads = threads or self.threads(OURS)
+        rounds = self.limits[threads]
+        if self.case.B == 1 or not all(tile for _, _, tile in rounds):
+            return None
+        pairs = zip(rounds, self.seconds[OURS][threads], strict=False)
+        return statistics.median(
+            self.case.flops / seconds / (tile * 1e9) for (_, _, tile), seconds in pairs
         )
 
     def of_read_limit(self, threads: int | None = None) -> float | None:
@@ -79,7 +93,9 @@ class Result:
             return None
         threads = threads or self.threads(OURS)
         pairs = zip(self.limits[threads], self.seconds[OURS][threads], strict=False)
-        return statistics.median(self.case.shortest(*limits) / seconds for limits, seconds in pairs)
+        return statistics.median(
+            self.case.shortest(gflops, gbytes) / seconds for (gflops, gbytes, _), seconds in pairs
+        )
 
     def speed_up(self) -> float | None:
         """Our time on one thread over that on all; None on a machine with one."""
@@ -111,6 +127,7 @@ class Result:
             "threads": self.threads(OURS),
             "gflops": self.rate(),
             "of_fma_peak": {threads: self.of_peak(threads) for threads in self.seconds[OURS]},
+            "of_tile_limit": {threads: self.of_tile(threads) for threads in self.seconds[OURS]},
             "of_weight_read_limit": {
                 threads: self.of_read_limit(threads)
                 for threads in self.seconds[OURS]
@@ -122,7 +139,7 @@ class Result:
             "failures": self.failures,
             "rounds": {
                 "seconds": self.seconds,
-                "limits_gflops_gbytes_per_s": self.limits,
+                "limits_gflops_gbytes_per_s_tile_gflops": self.limits,
             },
         }
 
@@ -159,6 +176,40 @@ def summary(results: Iterable[Result], peers: Sequence[str]) -> list[dict[str, A
                         "peer": name,
                         "cases": len(ratios),
                         "geometric_mean": geometric_mean([ratio for ratio, _ in ratios]),
+                        "least": least,
+                        "where": where,
+                    }
+                )
+    return lines
+
+
+def shares(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """How near we come to what limits a case: the median and the least over the cases.
+
+    Of the peak and of the tile where there are many rows and units, of the read limit where there
+    is one row.
+    """
+    results = list(results)
+    many = [r for r in results if r.case.B >= 32 and r.case.H >= 256]
+    lines = []
+    for kind in (INFERENCE, TRAINING, STEP):
+        large = [r for r in many if r.case.kind == kind]
+        small = [r for r in results if r.case.kind == kind and r.case.reads_weights]
+        for limit, which, found in (
+            ("peak", "B ≥ 32, H ≥ 256", [(r.of_peak(), r.case.label) for r in large]),
+            ("tile", "B ≥ 32, H ≥ 256", [(r.of_tile(), r.case.label) for r in large]),
+            ("read limit", "B = 1", [(r.of_read_limit(), r.case.label) for r in small]),
+        ):
+            parts = [(part, label) for part, label in found if part is not None]
+            if parts:
+                least, where = min(parts)
+                lines.append(
+                    {
+                        "kind": kind,
+                        "which": which,
+                        "limit": limit,
+                        "cases": len(parts),
+                        "median": statistics.median(part for part, _ in parts),
                         "least": least,
                         "where": where,
                     }

@@ -24,9 +24,11 @@ struct Kernels {
   void (*pack_transposed)(const T* panels, int64_t P, int64_t K, int64_t block0, int64_t block1,
                           T* out);
   // dw (G*H, K) += acc [ceil(K/W)][S*G*W][W].
-  void (*add_gradient)(const T* acc, int64_t gates, int64_t H, int64_t K, T* dw);
+  void (*add_gradient)(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0, int64_t s1,
+                       T* dw);
   // dw (G*H, K) += acc [S*G][K][W] (one-hot input).
-  void (*add_table_gradient)(const T* acc, int64_t gates, int64_t H, int64_t K, T* dw);
+  void (*add_table_gradient)(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0,
+                             int64_t s1, T* dw);
 
   // Chunks chunk0 … chunk1 - 1 of a share. Scratch: forward_scratch() elements, one for all members
   // of a team.

@@ -76,31 +76,39 @@ void pack_transposed(const T* panels, int64_t P, int64_t K, int64_t block0, int6
   }
 }
 
-// dw (G*H, K) += acc [ceil(K/W)][S*G*W][W].
+// dw (G*H, K) += acc [ceil(K/W)][S*G*W][W], the units of superblocks s0 … s1 - 1.
 template <class T>
-void add_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, T* dw) {
+void add_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0, int64_t s1,
+                  T* dw) {
   constexpr int W = kWidth<T>;
-  const int64_t rows = blocks(H, W) * gates * W;
-  for (int64_t b = 0; b < blocks(K, W); ++b) {
-    const int n = valid_lanes(K, b, W);
-    for (int64_t g = 0; g < gates; ++g)
-      for (int64_t u = 0; u < H; ++u) {
-        const T* const src = acc + (b * rows + ((u / W) * gates + g) * W + u % W) * W;
-        T* const dst = dw + (g * H + u) * K + b * W;
-        for (int k = 0; k < n; ++k) dst[k] += src[k];
+  const int64_t X = blocks(K, W), block = blocks(H, W) * gates * W * W;
+  for (int64_t g = 0; g < gates; ++g)
+    for (int64_t s = s0; s < s1; ++s)
+      for (int u = 0; u < valid_lanes(H, s, W); ++u) {
+        const T* src = acc + ((s * gates + g) * W + u) * W;
+        T* const dst = dw + (g * H + s * W + u) * K;
+        for (int64_t b = 0; b < X; ++b, src += block)
+          for (int k = 0; k < valid_lanes(K, b, W); ++k) dst[b * W + k] += src[k];
       }
-  }
 }
 
-// dw (G*H, K) += acc [S*G][K][W].
+// dw (G*H, K) += acc [S*G][K][W], likewise.
 template <class T>
-void add_table_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, T* dw) {
+void add_table_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0, int64_t s1,
+                        T* dw) {
   constexpr int W = kWidth<T>;
+  constexpr int64_t kBlock = 2 * W;  // tokens at once
+  T turned[W * kBlock];
   for (int64_t g = 0; g < gates; ++g)
-    for (int64_t u = 0; u < H; ++u) {
-      const T* const src = acc + ((u / W) * gates + g) * K * W + u % W;
-      T* const dst = dw + (g * H + u) * K;
-      for (int64_t k = 0; k < K; ++k) dst[k] += src[k * W];
+    for (int64_t s = s0; s < s1; ++s) {
+      const int lanes = valid_lanes(H, s, W);
+      T* const dst = dw + (g * H + s * W) * K;
+      for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+        const int64_t n = k0 + kBlock < K ? kBlock : K - k0;
+        transpose(acc + ((s * gates + g) * K + k0) * W, W, n, W, turned, kBlock);
+        for (int u = 0; u < lanes; ++u)
+          for (int64_t k = 0; k < n; ++k) dst[u * K + k0 + k] += turned[u * kBlock + k];
+      }
     }
 }
 

@@ -280,14 +280,21 @@ void StackTape<T>::State::backward(const BackwardCall<T>& call) {
   // All at once at the end: whoever accumulates gets the whole gradient or, on an error, nothing.
   const Kernels<T>& k = stack->kernels();
   const int gates = cell_traits(spec().kind).gates;
+  const int64_t H = spec().H, S = ceil_div(H, width());
   for (int l = 0; l < spec().layers; ++l)
     for (int d = 0; d < spec().directions; ++d) {
       const Sums& sum = sums[static_cast<size_t>(spec().index(l, d))];
       const LayerGradients<T>& g = call.gradients[static_cast<size_t>(spec().index(l, d))];
-      (one_hot(l) ? k.add_table_gradient : k.add_gradient)(sum.w_ih, gates, spec().H,
-                                                           spec().input_size(l), g.w_ih);
-      k.add_gradient(sum.w_hh, gates, spec().H, spec().H, g.w_hh);
-      add_bias_gradients(spec().kind, spec().H, width(), sum.bias, g);
+      const int64_t I = spec().input_size(l);
+      const auto add_ih = one_hot(l) ? k.add_table_gradient : k.add_gradient;
+      const int parts = static_cast<int>(std::min<int64_t>(
+          S, plan_threads(call.threads, static_cast<double>(gates * H * (I + H)))));
+      run_parallel(parts, nullptr, [&](int part) {
+        const int64_t s0 = cut(S, parts, part), s1 = cut(S, parts, part + 1);
+        add_ih(sum.w_ih, gates, H, I, s0, s1, g.w_ih);
+        k.add_gradient(sum.w_hh, gates, H, H, s0, s1, g.w_hh);
+      });
+      add_bias_gradients(spec().kind, H, width(), sum.bias, g);
     }
 }
 
@@ -338,7 +345,6 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.w_ih = want_dx ? take(n_wide) : nullptr;
     Sums& sum = sums[static_cast<size_t>(spec().index(l, d))];
     sum.memory = make_buffer<T>(n_hh + n_ih + n_b, 1);
-    std::memset(sum.memory.data(), 0, sum.memory.size());
     a.dw_hh = sum.w_hh = sum.memory.template data<T>();
     a.dw_ih = sum.w_ih = sum.w_hh + n_hh;
     a.dbias = sum.bias = sum.w_ih + n_ih;
@@ -373,6 +379,9 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     const int d = task / panel_parts, part = task % panel_parts;
     const PackedLayer<T> w = stack->layer(l, d);
     const BackwardArgs<T>& a = args[static_cast<size_t>(d)];
+    const int64_t zero = cut(n_hh + n_ih + n_b, panel_parts, part),
+                  end = cut(n_hh + n_ih + n_b, panel_parts, part + 1);
+    std::memset(a.dw_hh + zero, 0, sizeof(T) * static_cast<size_t>(end - zero));
     k.pack_transposed(w.w_hh, P, H, cut(S, panel_parts, part), cut(S, panel_parts, part + 1),
                       const_cast<T*>(a.w_hh));
     if (want_dx)

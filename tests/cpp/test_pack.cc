@@ -129,7 +129,9 @@ void test_add_gradient() {
     const int64_t rows = blocks(H, W) * gates * W;
     const Numbered<T> acc(blocks(K, W) * rows * W, shift);
     Guarded<T> dw(gates * H * K, shift + 1);
-    add_gradient(acc.data(), gates, H, K, dw.data());
+    const int64_t S = blocks(H, W), cut = (S + 1) / 2;
+    add_gradient(acc.data(), gates, H, K, cut, S, dw.data());
+    add_gradient(acc.data(), gates, H, K, 0, cut, dw.data());
     dw.check("add_gradient", [&](int64_t i) {
       const int64_t k = i % K, u = i / K % H, g = i / K / H;
       const int64_t row = (u / W * gates + g) * W + u % W;
@@ -145,7 +147,9 @@ void test_add_table_gradient() {
   for_sizes<T>([](int64_t gates, int64_t H, int64_t K, int shift) {
     const Numbered<T> acc(blocks(H, W) * gates * K * W, shift);
     Guarded<T> dw(gates * H * K, shift + 1);
-    add_table_gradient(acc.data(), gates, H, K, dw.data());
+    const int64_t S = blocks(H, W), cut = (S + 1) / 2;
+    add_table_gradient(acc.data(), gates, H, K, cut, S, dw.data());
+    add_table_gradient(acc.data(), gates, H, K, 0, cut, dw.data());
     dw.check("add_table_gradient", [&](int64_t i) {
       const int64_t k = i % K, u = i / K % H, g = i / K / H;
       return T(kSentinel) + acc[((u / W * gates + g) * K + k) * W + u % W];
