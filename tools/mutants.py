@@ -73,10 +73,14 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("last column of k missing", "? W : left.tail⟨ → - 1⟩;"),
     ],
     "cpu/pack.h": [
-        ("W_hh for its transpose", "dst[⟨lane * W + k → k * W + lane⟩] = src[k * W + lane];"),
-        ("the gates' order reversed", "w + (⟨g → (gates - 1 - g)⟩ * H + s * W) * K"),
-        ("weight gradients replaced, not added", "dst[k] ⟨+= → =⟩ src[k];"),
-        ("one-hot gradients of the next token", "dst[k] += src[⟨k → (k + 1) % K⟩ * W];"),
+        (
+            "W_hh for its transpose",
+            "⟨transpose(panels + (p * K + b * W) * W, W, n, W, dst, W) → "
+            "memcpy(dst, panels + (p * K + b * W) * W, sizeof(T) * W * W)⟩;",
+        ),
+        ("the gates' order reversed", "transpose(w + (⟨g → (gates - 1 - g)⟩ * H + s * W) * K"),
+        ("weight gradients replaced, not added", "dst[b * W + k] ⟨+= → =⟩ src[k];"),
+        ("one-hot gradients of the next token", "turned[u * kBlock + ⟨k → (k + 1) % n⟩];"),
     ],
     "cpu/sequence.h": [
         ("reverse direction not reversed", "⟨reverse ? s.length[j] - 1 - k : k → k⟩"),

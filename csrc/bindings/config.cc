@@ -85,6 +85,7 @@ py::dict limits(const py::object& threads, int64_t bytes, double seconds,
   }
   py::dict result;
   result["gflops"] = measured.gflops;
+  result["tile_gflops"] = measured.tile_gflops;
   result["gbytes_per_s"] = measured.gbytes_per_s;
   return result;
 }
@@ -122,7 +123,9 @@ void register_config(py::module_& m) {
   m.def("measure_limits", &limits, py::arg("threads"), py::arg("bytes") = 0,
         py::arg("seconds") = 0.02, py::arg("dtype") = "float32",
         "What this machine can do at most, measured for `seconds` each: a dict of gflops, fused\n"
-        "multiply-adds counted as two, and gbytes_per_s, read again and again from `bytes` bytes\n"
+        "multiply-adds counted as two, tile_gflops, the same in the engine's tile on operands in "
+        "the\n"
+        "first-level cache, and gbytes_per_s, read again and again from `bytes` bytes\n"
         "of which each thread has its share (0 where bytes is 0).\n\n"
         "At most get_num_threads() threads run at once. TypeError or ValueError for anything that\n"
         "does not fit.");

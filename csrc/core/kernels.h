@@ -65,6 +65,10 @@ struct Kernels {
   // reads, `repeats` times over; returns a sum that keeps the compiler from leaving it out.
   double (*fma_peak)(int64_t iterations);
   double (*read_memory)(const T* p, int64_t n, int64_t repeats);
+  // The largest tile on operands in the first-level cache, likewise; scratch: tile_peak_scratch()
+  // zeros.
+  int64_t (*tile_peak_scratch)();
+  double (*tile_peak)(T* scratch, int64_t iterations);
 };
 
 struct KernelTable {

@@ -59,6 +59,8 @@ Kernels<T> kernels() {
   k.activation = activation<T>;
   k.fma_peak = fma_peak<T>;
   k.read_memory = read_memory<T>;
+  k.tile_peak_scratch = tile_peak_scratch<T>;
+  k.tile_peak = tile_peak<T>;
   return k;
 }
 

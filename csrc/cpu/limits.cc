@@ -43,7 +43,16 @@ template <class T>
 Limits measure_limits(int threads, int64_t bytes, double seconds) {
   const FpEnv env;
   const Kernels<T>& k = typed_kernels<T>();
-  Limits limits = {rate(threads, seconds, [&k](int) { return k.fma_peak(10000); }) / 1e9, 0};
+  // Lines of their own: the threads write.
+  const int64_t scratch = ceil_div(k.tile_peak_scratch(), 1024) * 1024;
+  Buffer tiles = make_buffer<T>(threads, scratch);
+  std::memset(tiles.data(), 0, tiles.size());
+  T* const operands = tiles.template data<T>();
+  Limits limits = {};
+  limits.gflops = rate(threads, seconds, [&k](int) { return k.fma_peak(10000); }) / 1e9;
+  limits.tile_gflops =
+      rate(threads, seconds, [&](int task) { return k.tile_peak(operands + task * scratch, 20); }) /
+      1e9;
   if (bytes == 0) return limits;
 
   // A share is a multiple of what read_memory takes at once, whatever the ISA, and of a cache line.

@@ -377,7 +377,7 @@ class Forward {
   FASTRNN_INLINE void for_tiles(int64_t row, int64_t n, int g0, const Panels<T>& left,
                                 const F& f) const {
     static_assert(COUNT == G || COUNT == 1 || COUNT % 2 == 0, "evenly spaced panels of weights");
-    constexpr int kMost = COUNT == 1 ? 4 : COUNT % 2 == 1 ? 2 : 1;  // superblocks together
+    constexpr int kMost = COUNT % 2 == 1 ? 4 : 1;  // superblocks together
     const int room = panels_at_once(tile_rows(n));
     const int group = room < kMost ? room : kMost;
     const int64_t panel = a_.H * W, stride = COUNT == 1 ? G * panel : panel;

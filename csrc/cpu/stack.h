@@ -159,6 +159,7 @@ void linear_backward(const T* x, int64_t stride_x, const T* dy, int64_t stride_d
 // What the machine can do at most: the yardstick that benchmarks hold against our times.
 struct Limits {
   double gflops;        // 1e9 additions and multiplications a second
+  double tile_gflops;   // the same in our tile, on operands in the first-level cache
   double gbytes_per_s;  // read from `bytes` bytes that the threads share out; 0 when bytes is 0
 };
 
