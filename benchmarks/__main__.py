@@ -1,4 +1,7 @@
-"""The command: measures, prints, and writes benchmarks/results/<date>-<machine> pages and data."""
+"""The command: measures, prints, and writes benchmarks/results/<date>-<machine> pages and data.
+
+A complete run also adds its lines to history.csv there.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from fastrnn import _core
 
-from benchmarks import cases, machine, plots, report
+from benchmarks import cases, history, machine, plots, properties, report
 from benchmarks.cases import Array, Case, Problem
 from benchmarks.peers import OURS, Job, Peer, installed
+from benchmarks.properties import Property
 from benchmarks.results import Result
 from benchmarks.timing import race, settle, turn
 
@@ -44,7 +48,7 @@ class Effort(NamedTuple):
 
 STANDARD = Effort(5, 0.04, 5.0)
 QUICK = Effort(2, 0.001, 5.0)
-FULL = Effort(5, 0.05, 10.0)
+FULL = Effort(5, 0.03, 4.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,12 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen, effort = cases.full(), FULL
     if arguments.quick:
         chosen, effort = cases.quick(), QUICK
+    if arguments.properties:
+        chosen = []
     chosen = [case for case in chosen if arguments.filter.search(case.name)]
-    if not chosen:
+    if not chosen and not arguments.properties:
         print(f"benchmarks: no case matches {arguments.filter.pattern!r}", file=sys.stderr)
         return 2
+    some = bool(arguments.filter.pattern)
     begin = time.perf_counter()
     described = machine.describe()
+    host, isa = machine.slug(described), described["instruction set in use"]
+    # Only complete runs have a history. What is wrong with it is said before they take their time.
+    past, before = arguments.out / history.FILE, None
+    recorded = not (arguments.quick or arguments.properties or some)
+    if recorded:
+        try:
+            before = history.newest(past, host, isa, [case.name for case in chosen])
+        except (OSError, ValueError) as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 2
     peers, missing = installed()
     names = [peer.name for peer in peers if peer.name != OURS]
     threads = sorted({1, _core.available_threads()})
@@ -73,27 +90,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settle()
     limits = machine.limits_table(threads, effort.seconds)
-    width = max(len(case.name) for case in chosen) + 1
-    print(report.console_header(width, names), flush=True)
     results: list[Result] = []
+    lines: list[Property] = []
+    complete = False
     try:
+        width = max((len(case.name) for case in chosen), default=0) + 1
+        if chosen:
+            print(report.console_header(width, names), flush=True)
         for case in chosen:
             results.append(measure(case, peers, threads, effort))
             print(report.console_line(results[-1], width, names), flush=True)
+        if not some:
+            print("\nProperties" if chosen else "Properties")
+            sizes = properties.TINY if arguments.quick else properties.NORMAL
+            for line in properties.measure(sizes):
+                lines.append(line)
+                print(report.console_property(line), flush=True)
+        complete = True
     except KeyboardInterrupt:
         print("stopped; what was measured so far is written", file=sys.stderr)
-    if not results:
+    if not results and not lines:
         return 130
-    raise_peaks(limits["gflops"], results)
-    print(f"\n{report.console_summary(results, names)}\n")
+    raise_peaks(limits, results)
+    since = history.compare(before, results) if before and complete else None
+    texts = [report.missed(lines), report.console_summary(results, names)]
+    texts += [report.console_since(since)] if since else []
+    for text in filter(None, texts):
+        print(f"\n{text}")
+    print()
     for note in report.notes(results, described):
         print(note)
     # Only the whole default selection gets the plain name, and nothing less ever replaces it.
     suffix = "-full" * arguments.full + "-quick" * arguments.quick
-    suffix += "-part" * (bool(arguments.filter.pattern) or len(results) < len(chosen))
-    files = write(arguments.out, results, peers, described, limits, effort.rounds, suffix)
+    suffix += "-properties" * arguments.properties + "-part" * (some or not complete)
+    files = write(
+        arguments.out, results, lines, since, peers, described, limits, effort.rounds, suffix
+    )
+    if recorded and complete:
+        history.append(past, results, described["date"], host, described["commit"], isa)
+        files.append(past)
     print(f"{time.perf_counter() - begin:.0f} s; wrote {', '.join(str(file) for file in files)}")
-    if len(results) < len(chosen):
+    if not complete:
         return 130
     return 1 if any(result.failures for result in results) else 0
 
@@ -108,11 +145,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures fastrnn beside NumPy, PyTorch, ONNX Runtime and JAX, as far as they "
-        "are installed. Without options: a selection of cases, some three minutes on two cores.",
+        "are installed. Without options: a selection of cases, some four minutes on two cores.",
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    size.add_argument("--full", action="store_true", help="cells × B × H; an hour or more")
+    size.add_argument("--full", action="store_true", help="cells × B × H; half an hour or more")
+    size.add_argument("--properties", action="store_true", help="only the table of properties")
     parser.add_argument(
         "--filter",
         type=pattern,
@@ -123,7 +161,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results"
     )
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.properties and arguments.filter.pattern:
+        parser.error("--filter chooses cases, of which --properties has none")
+    return arguments
 
 
 def measure(case: Case, peers: Sequence[Peer], threads: Sequence[int], effort: Effort) -> Result:
@@ -137,7 +178,7 @@ def measure(case: Case, peers: Sequence[Peer], threads: Sequence[int], effort: E
     }
     working_set = case.working_set if case.reads_weights else 0
 
-    def limits(count: int) -> tuple[float, float]:
+    def limits(count: int) -> tuple[float, float, float]:
         settle()
         return machine.measure_limits(count, working_set, effort.seconds / 4, case.dtype)
 
@@ -152,12 +193,14 @@ def measure(case: Case, peers: Sequence[Peer], threads: Sequence[int], effort: E
     return result
 
 
-def raise_peaks(gflops: dict[int, float], results: Sequence[Result]) -> None:
+def raise_peaks(limits: dict[str, Any], results: Sequence[Result]) -> None:
     """A machine that reached more in the rounds than before them has that for its limit."""
     for result in results:
         if result.case.dtype == "float32":
             for count, rounds in result.limits.items():
-                gflops[count] = max(gflops[count], statistics.median(peak for peak, _ in rounds))
+                for key, place in (("gflops", 0), ("tile_gflops", 2)):
+                    reached = statistics.median(values[place] for values in rounds)
+                    limits[key][count] = max(limits[key][count], reached)
 
 
 def hopeless(values: Mapping[tuple[str, int], list[Any]]) -> set[tuple[str, int]]:
@@ -214,6 +257,8 @@ def disagreement(found: Sequence[Array], expected: Sequence[Array], tolerance: f
 def write(
     out: Path,
     results: Sequence[Result],
+    lines: Sequence[Property],
+    since: dict[str, Any] | None,
     peers: Sequence[Peer],
     described: dict[str, Any],
     limits: dict[str, Any],
@@ -230,11 +275,13 @@ def write(
         f"{versions}; {described['date']}"
     )
     names = [peer.name for peer in peers]
-    pictures = plots.draw(results, names, limits, stem, below)
+    pictures = plots.draw(results, lines, names, limits, stem, below)
     page, data = stem.with_name(f"{stem.name}.md"), stem.with_name(f"{stem.name}.json")
-    everything = report.as_json(results, peers, described, limits, rounds)
+    everything = report.as_json(results, peers, described, limits, rounds, lines, since)
     data.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-    text = report.markdown(results, peers, described, limits, rounds, pictures)
+    text = report.markdown(
+        results, peers, described, limits, rounds, pictures, properties=lines, since=since
+    )
     page.write_text(text, encoding="utf-8")
     return [page, data, *(out / name for _, name in pictures)]
 

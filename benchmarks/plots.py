@@ -1,22 +1,31 @@
-"""The pictures: how many times faster than each library, and the roofline."""
+"""The pictures: how many times faster than each library, the roofline, and a step's time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CHARACTERS, INFERENCE, STEP, TRAINING
 from benchmarks.peers import OURS
+from benchmarks.properties import Property
 from benchmarks.results import Result
 
 __all__ = ["draw"]
 
 INK, MUTED, LINES = "#1f2933", "#7b8794", "#e4e7eb"
-COLOURS = {"NumPy": "#9aa5b1", "PyTorch": "#e07a3f", "ONNX Runtime": "#3b7dd8", "JAX": "#3f9b6c"}
+COLOURS = {
+    OURS: INK,
+    "NumPy": "#9aa5b1",
+    "PyTorch": "#e07a3f",
+    "ONNX Runtime": "#3b7dd8",
+    "JAX": "#3f9b6c",
+}
 # Light to dark: small to large.
 SCALE = ("#a6cee3", "#6aaed6", "#3b7dd8", "#1f4e9e", "#0b2559", "#000000")
+CELLS = ("RNN", "LSTM", "GRU")
+MANY = 60  # cases: from here on a grid, which the other pictures suit
 
 
 def _figure(width: float, height: float) -> Any:
@@ -120,6 +129,7 @@ def roofline(results: Sequence[Result], limits: dict[str, Any], path: Path, belo
     """GF/s over the operations for each byte of weights that the steps read; the limits as lines.
 
     The points are float32 cases at their best number of threads, the lines those of all threads.
+    Inference and training have a panel each where there are many points.
     """
     points = [
         r
@@ -128,12 +138,49 @@ def roofline(results: Sequence[Result], limits: dict[str, Any], path: Path, belo
     ]
     if not points:
         return
-    figure = _figure(9, 5.6)
-    axes = figure.add_subplot()
+    kinds = [kind for kind in (INFERENCE, TRAINING) if any(r.case.kind == kind for r in points)]
+    panels = [[r for r in points if r.case.kind == kind] for kind in kinds]
+    if len(points) <= MANY:
+        panels = [points]
+    figure = _figure(9 if len(panels) == 1 else 14, 5.6)
     threads = max(limits["gflops"])
     peak = limits["gflops"][threads]
     high = 2.0 * max([64.0, *(_intensity(r) for r in points)])
     low = 0.4 * min(_intensity(r) for r in points)
+    rates = [r.rate() for r in points]
+    bottom, top = min(peak / 30, 0.6 * min(rates)), 1.8 * max(peak, *rates)
+    for axes, chosen in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _roofline_limits(axes, limits, (low, high), bottom)
+        _roofline_points(axes, chosen, spread=len(panels) > 1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlim(low, high)
+        axes.set_ylim(bottom, top)
+        ticks = _log_ticks(bottom, top)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(
+            "operations for each byte of recurrent weights that the steps read\n"
+            "(with I = H: about B)",
+            color=INK,
+        )
+        axes.grid(color=LINES, lw=0.8)
+        _tidy(axes)
+        axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+        if len(panels) > 1:
+            axes.set_title(chosen[0].case.kind, loc="left", color=INK, fontsize=10, weight="bold")
+    figure.axes[0].set_ylabel("GF/s", color=INK)
+    _titles(figure, "fastrnn against the machine's limits", below)
+    figure.savefig(path)
+
+
+def _roofline_limits(
+    axes: Any, limits: dict[str, Any], span: tuple[float, float], bottom: float
+) -> None:
+    low, high = span
+    threads = max(limits["gflops"])
+    peak, tile = limits["gflops"][threads], limits["tile_gflops"][threads]
     axes.plot([low, high], [peak, peak], color=INK, lw=1.8)
     axes.annotate(
         f"FMA peak, {threads} threads: {peak:.0f} GF/s"
@@ -146,8 +193,10 @@ def roofline(results: Sequence[Result], limits: dict[str, Any], path: Path, belo
         color=INK,
         fontsize=8.5,
     )
-    rates = [r.rate() for r in points]
-    bottom, top = min(peak / 30, 0.6 * min(rates)), 1.8 * max(peak, *rates)
+    if tile:
+        # Named in the legend: the points are just below the line.
+        label = f"tiles: {tile:.0f} GF/s"
+        axes.plot([low, high], [tile, tile], color=INK, lw=0.9, zorder=1, label=label)
     for name, bandwidth in _read_limits(limits["gbytes_per_s"], threads):
         knee = peak / bandwidth
         if knee < 1.6 * low:
@@ -165,25 +214,6 @@ def roofline(results: Sequence[Result], limits: dict[str, Any], path: Path, belo
             color=MUTED,
             fontsize=7,
         )
-    _roofline_points(axes, points)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlim(low, high)
-    axes.set_ylim(bottom, top)
-    ticks = _log_ticks(bottom, top)
-    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(
-        "operations for each byte of recurrent weights that the steps read (with I = H: about B)",
-        color=INK,
-    )
-    axes.set_ylabel("GF/s", color=INK)
-    axes.grid(color=LINES, lw=0.8)
-    _tidy(axes)
-    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
-    _titles(figure, "fastrnn against the machine's limits", below)
-    figure.savefig(path)
 
 
 def _read_limits(measured: dict[int, dict[int, float]], threads: int) -> list[tuple[str, float]]:
@@ -208,17 +238,20 @@ def _intensity(result: Result) -> float:
     return result.case.flops / result.case.weight_bytes
 
 
-def _roofline_points(axes: Any, points: Sequence[Result]) -> None:
+def _roofline_points(axes: Any, points: Sequence[Result], spread: bool) -> None:
+    """With `spread` cells and sizes stand side by side, since a grid has few places on the axis."""
     sizes = sorted({r.case.H for r in points})
     step = max(1, (len(SCALE) - 1) // max(1, len(sizes) - 1))
     colours = {H: SCALE[min(len(SCALE) - 1, k * step)] for k, H in enumerate(sizes)}
     markers = {"RNN": "s", "LSTM": "o", "GRU": "^"}
     for r in points:
+        place = CELLS.index(r.case.cell) * len(sizes) + sizes.index(r.case.H)
+        aside = 0.6 * (place / (len(CELLS) * len(sizes) - 1) - 0.5) if spread else 0.0
         axes.plot(
-            _intensity(r),
+            _intensity(r) * 2**aside,
             r.rate(),
             marker=markers[r.case.cell],
-            ms=7,
+            ms=5.5 if spread else 7,
             ls="none",
             color=colours[r.case.H],
             markerfacecolor=colours[r.case.H] if r.case.kind == INFERENCE else "white",
@@ -243,13 +276,97 @@ def _roofline_points(axes: Any, points: Sequence[Result]) -> None:
         axes.plot([], [], marker="D", ls="none", color=colours[H], label=f"H = {H}")
 
 
+def _of_grid(results: Sequence[Result]) -> list[Result]:
+    """The cases of the grid cells × B × H."""
+    return [
+        r
+        for r in results
+        if r.case.kind in (INFERENCE, TRAINING)
+        and r.case.plain
+        and r.case.dtype == "float32"
+        and not r.case.I
+    ]
+
+
+def _present(points: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """Kinds and cells of the points, in the order of the pictures."""
+    kinds = [kind for kind in (INFERENCE, TRAINING) if any(r.case.kind == kind for r in points)]
+    return kinds, [cell for cell in CELLS if any(r.case.cell == cell for r in points)]
+
+
+def heat(results: Sequence[Result], peers: Sequence[str], path: Path, below: str) -> None:
+    """The ratios of the grid: a panel for each library, rows cells × H, columns B."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    points = _of_grid(results)
+    kinds, cells = _present(points)
+    rows = [(cell, H) for cell in cells for H in sorted({r.case.H for r in points})]
+    batches = sorted({r.case.B for r in points})
+    found = {
+        (kind, peer): {
+            (r.case.cell, r.case.H, r.case.B): ratio
+            for r in points
+            if r.case.kind == kind and (ratio := r.ratio(peer)) is not None
+        }
+        for kind in kinds
+        for peer in peers
+    }
+    peers = [peer for peer in peers if any(found[kind, peer] for kind in kinds)]
+    if not peers:
+        return
+    # White at 1, where both take the same time; full colour at 8 times, or at an eighth.
+    colours = LinearSegmentedColormap.from_list("", ["#e07a3f", "#ffffff", "#3b7dd8"])
+    figure = _figure(0.9 + 0.55 * len(batches) * len(peers), 1.4 + 0.25 * len(rows) * len(kinds))
+    panels = figure.subplots(len(kinds), len(peers), squeeze=False)
+    for (kind, peer), axes in zip(
+        ((kind, peer) for kind in kinds for peer in peers), panels.flat, strict=True
+    ):
+        ratios = found[kind, peer]
+        if not ratios:
+            axes.set_axis_off()
+            continue
+        for y, (cell, H) in enumerate(rows):
+            for x, B in enumerate(batches):
+                ratio = ratios.get((cell, H, B))
+                if ratio is None:
+                    continue
+                colour = colours(0.5 + 0.5 * max(-1.0, min(1.0, math.log(ratio) / math.log(8))))
+                axes.add_patch(_tile(x, y, colour))
+                axes.text(x, y, _two(ratio), ha="center", va="center", color=INK, fontsize=7)
+        axes.set_xlim(-0.5, len(batches) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xticks(range(len(batches)), [f"B={B}" for B in batches])
+        first = axes in panels[:, 0]
+        labels = [f"{cell} H={H}" if first else "" for cell, H in rows]
+        axes.set_yticks(range(len(rows)), labels)
+        axes.set_title(f"× {peer}, {kind}", loc="left", color=INK, fontsize=9, weight="bold")
+        _tidy(axes)
+        axes.tick_params(length=0, labelsize=7.5)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_visible(False)
+        for edge in range(1, len(cells)):
+            axes.axhline(edge * len(rows) / len(cells) - 0.5, color=INK, lw=0.8)
+    _titles(figure, "How many times faster fastrnn is (below 1: slower)", below)
+    figure.savefig(path)
+
+
+def _tile(x: float, y: float, colour: Any) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", lw=0.8)
+
+
+def _two(value: float) -> str:
+    """Two digits; near 1 two places, so that what is faster can be told."""
+    return f"{value:.2f}" if value < 1.995 else _times(value)
+
+
 def grid(results: Sequence[Result], path: Path, below: str) -> None:
     """The --full grid in small: the best other library over ours against H, a line for each B."""
-    points = [r for r in results if r.case.plain and r.case.dtype == "float32" and r.case.T == 100]
-    cells = [cell for cell in ("RNN", "LSTM", "GRU") if any(r.case.cell == cell for r in points)]
-    kinds = [kind for kind in (INFERENCE, TRAINING) if any(r.case.kind == kind for r in points)]
+    points = _of_grid(results)
+    kinds, cells = _present(points)
     batches = sorted({r.case.B for r in points})
-    if not cells or not kinds or all(r.best_ratio() is None for r in points):
+    if not points or all(r.best_ratio() is None for r in points):
         return
     figure = _figure(3.6 * len(cells) + 0.8, 3.0 * len(kinds) + 1)
     panels = figure.subplots(len(kinds), len(cells), sharex=True, sharey="row", squeeze=False)
@@ -267,13 +384,8 @@ def grid(results: Sequence[Result], path: Path, below: str) -> None:
                     colour = SCALE[min(place, len(SCALE) - 1)]
                     axes.plot(*zip(*line, strict=True), "o-", ms=4, color=colour, label=f"B = {B}")
             axes.axhline(1, color=INK, lw=1.2)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.set_xticks(sorted({r.case.H for r in points}))
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.set_title(f"{cell}, {kind}", loc="left", color=INK, fontsize=10)
-            axes.grid(color=LINES, lw=0.8)
-            _tidy(axes)
+            _log_log(axes, sorted({r.case.H for r in points}))
     for axes in panels[-1]:
         axes.set_xlabel("hidden units H = I", color=INK)
     for axes in panels[:, 0]:
@@ -283,12 +395,121 @@ def grid(results: Sequence[Result], path: Path, below: str) -> None:
         axes.set_ylabel("time over fastrnn's", color=INK)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    _titles(figure, "The faster of PyTorch and ONNX Runtime over fastrnn, T = 100", below)
+    _titles(figure, "The faster of PyTorch and ONNX Runtime over fastrnn", below)
     figure.savefig(path)
+
+
+def _log_log(axes: Any, places: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(places, [f"{place}" for place in places])
+    axes.grid(color=LINES, lw=0.8)
+    _tidy(axes)
+
+
+def against_units(results: Sequence[Result], peers: Sequence[str], path: Path, below: str) -> None:
+    """A step's time against H, a panel for each cell, kind and one row or 32."""
+    points = _of_grid(results)
+    rows = [
+        (f"{kind}, B = {B}", [r for r in points if (r.case.kind, r.case.B) == (kind, B)])
+        for kind in (INFERENCE, TRAINING)
+        for B in (1, 32)
+    ]
+    title = "A step's time against H"
+    _step_times(rows, lambda r: r.case.H, "hidden units H = I", title, peers, path, below)
+
+
+def against_rows(results: Sequence[Result], peers: Sequence[str], path: Path, below: str) -> None:
+    """A step's time against B where H = 256, a panel for each cell and kind."""
+    points = [r for r in _of_grid(results) if r.case.H == 256]
+    rows = [(kind, [r for r in points if r.case.kind == kind]) for kind in (INFERENCE, TRAINING)]
+    title = "A step's time against B, H = I = 256"
+    _step_times(rows, lambda r: r.case.B, "batch rows B", title, peers, path, below)
+
+
+def _step_times(
+    rows: Sequence[tuple[str, list[Result]]],
+    place: Callable[[Result], int],
+    across: str,
+    title: str,
+    peers: Sequence[str],
+    path: Path,
+    below: str,
+) -> None:
+    """A row of panels for each of `rows`, a panel for each cell, a line for each library."""
+    rows = [(name, points) for name, points in rows if points]
+    _, cells = _present([r for _, points in rows for r in points])
+    if not rows:
+        return
+    figure = _figure(3.4 * len(cells) + 1.4, 2.4 * len(rows) + 1)
+    panels = figure.subplots(len(rows), len(cells), sharex=True, sharey="row", squeeze=False)
+    for (name, points), line in zip(rows, panels, strict=True):
+        for cell, axes in zip(cells, line, strict=True):
+            chosen = sorted((r for r in points if r.case.cell == cell), key=place)
+            for peer in peers:
+                shown = [r for r in chosen if peer in r.seconds]
+                axes.plot(
+                    [place(r) for r in shown],
+                    [1e6 * r.time(peer) / r.case.T for r in shown],
+                    "o-",
+                    ms=4,
+                    lw=2 if peer == OURS else 1.4,
+                    zorder=3 if peer == OURS else 2,
+                    color=COLOURS.get(peer, MUTED),
+                    label=peer,
+                )
+            axes.set_title(f"{cell}, {name}", loc="left", color=INK, fontsize=10)
+            _log_log(axes, sorted({place(r) for _, points in rows for r in points}))
+        low, high = line[0].get_ylim()
+        spans = ((50, (1, 2, 5)), (2000, (1, 3)), (math.inf, (1,)))
+        steps = next(steps for most, steps in spans if high < most * low)
+        ticks = _log_ticks(low, high, steps)
+        line[0].set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+        line[0].minorticks_off()
+        line[0].set_ylabel("µs a step", color=INK)
+    for axes in panels[-1]:
+        axes.set_xlabel(across, color=INK)
+        axes.minorticks_off()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False)
+    _titles(figure, title, below)
+    figure.savefig(path)
+
+
+def lengths(properties: Sequence[Property], path: Path, below: str) -> None:
+    """A step's time against T; the axis begins at 0, so that the line is level where it should."""
+    for line in properties:
+        if "seconds_a_step" not in line.details:
+            continue
+        steps = [1e6 * seconds for seconds in line.details["seconds_a_step"]]
+        figure = _figure(9, 3.6)
+        axes = figure.add_subplot()
+        axes.plot(line.details["T"], steps, "o-", color=COLOURS[OURS])
+        for T, step in zip(line.details["T"], steps, strict=True):
+            axes.annotate(
+                f"{step:.3g}",
+                (T, step),
+                xytext=(0, 6),
+                textcoords="offset points",
+                ha="center",
+                color=INK,
+                fontsize=8,
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(line.details["T"], [f"{T:,}" for T in line.details["T"]])
+        axes.minorticks_off()
+        axes.set_ylim(0, 1.3 * max(steps))
+        axes.set_xlabel("steps T", color=INK)
+        axes.set_ylabel("µs a step", color=INK)
+        axes.grid(color=LINES, lw=0.8)
+        _tidy(axes)
+        _titles(figure, "A step's time against T", f"{line.how}\n{below}")
+        figure.savefig(path)
 
 
 def draw(
     results: Sequence[Result],
+    properties: Sequence[Property],
     peers: Sequence[str],
     limits: dict[str, Any],
     stem: Path,
@@ -296,16 +517,22 @@ def draw(
 ) -> list[tuple[str, str]]:
     """Writes <stem>-….png where there is something to draw; returns titles and file names."""
     others = [peer for peer in peers if peer != OURS]
-    made = []
-    if len(results) <= 60:
-        path = stem.with_name(f"{stem.name}-ratios.png")
-        ratios(results, others, path, below)
-        made.append(("How many times faster fastrnn is", path))
+    made: list[tuple[str, Path]] = []
+
+    def name(title: str, end: str) -> Path:
+        path = stem.with_name(f"{stem.name}-{end}.png")
+        made.append((title, path))
+        return path
+
+    faster = "How many times faster fastrnn is"
+    if len(results) <= MANY:
+        ratios(results, others, name(faster, "ratios"), below)
     else:
-        path = stem.with_name(f"{stem.name}-grid.png")
-        grid(results, path, below)
-        made.append(("fastrnn against the faster of PyTorch and ONNX Runtime", path))
-    path = stem.with_name(f"{stem.name}-roofline.png")
-    roofline(results, limits, path, below)
-    made.append(("fastrnn against the machine's limits", path))
+        heat(results, others, name(faster, "ratios"), below)
+        best = "fastrnn against the faster of PyTorch and ONNX Runtime"
+        grid(results, name(best, "grid"), below)
+        against_units(results, peers, name("A step's time against H", "step-h"), below)
+        against_rows(results, peers, name("A step's time against B", "step-b"), below)
+    roofline(results, limits, name("fastrnn against the machine's limits", "roofline"), below)
+    lengths(properties, name("A step's time against T", "step-t"), below)
     return [(title, file.name) for title, file in made if file.exists()]

@@ -7,6 +7,7 @@ from typing import Any
 import fastrnn
 import numpy as np
 import pytest
+from fastrnn import _core
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True, "num_layers": 2}])
@@ -60,3 +61,39 @@ def test_truncated_gradients(rng: np.random.Generator) -> None:
     got, want = tape.backward(dy).params, dense.backward(dy).params
     for name in want:
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_columns_out_of_a_matrix_and_back(
+    rng: np.random.Generator, dtype: str, threads: int
+) -> None:
+    matrix = rng.standard_normal((300, 2000)).astype(dtype)
+    columns = np.flatnonzero(rng.random(2000) < 0.5)
+    part = _core.take_columns(matrix, columns, threads)
+    np.testing.assert_array_equal(part, matrix[:, columns])
+    want = matrix.copy()
+    want[:, columns] += part
+    _core.add_columns(matrix, columns, part, threads)
+    np.testing.assert_array_equal(matrix, want)
+
+
+@pytest.mark.parametrize(
+    ("columns", "part", "error", "words"),
+    [
+        ([0, 7], np.zeros((2, 2)), ValueError, "columns: expected column numbers from 0 to 6"),
+        ([-1], np.zeros((2, 1)), ValueError, "columns: expected column numbers from 0 to 6"),
+        ([0.5], np.zeros((2, 1)), TypeError, "columns: "),
+        ([0, 1], np.zeros((2, 3)), ValueError, "part: expected shape"),
+        ([0], np.zeros((2, 1), "f"), TypeError, "part: expected an array of float64"),
+    ],
+)
+def test_columns_that_do_not_fit(
+    columns: Any, part: Any, error: type[Exception], words: str
+) -> None:
+    matrix = np.zeros((2, 7))
+    with pytest.raises(error, match=words):
+        _core.add_columns(matrix, np.array(columns), part)
+    matrix.flags.writeable = False
+    with pytest.raises(ValueError, match="matrix: expected"):
+        _core.add_columns(matrix, np.array([0]), np.zeros((2, 1)))

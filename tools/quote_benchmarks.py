@@ -2,10 +2,10 @@
 """Copies a page of benchmark results into README.md and docs/performance.md.
 
 `make bench` writes a dated Markdown page into benchmarks/results. This script takes the newest
-(trials and chosen cases only when named) and replaces what stands between the two comment lines
-``<!-- benchmarks:begin -->`` and ``<!-- benchmarks:end -->``: in docs/performance.md by the whole
-page, in README.md by the machine, the summary and, where they are few, the cases with the columns
-that a newcomer asks for.
+(trials, chosen cases and properties alone only when named) and replaces what stands between the
+two comment lines ``<!-- benchmarks:begin -->`` and ``<!-- benchmarks:end -->``: in
+docs/performance.md by the whole page, in README.md by the machine, the summary and, where they are
+few, the cases with the columns that a newcomer asks for.
 No figure is typed by hand, and none is left out because of what it says.
 
 Status 2, with one line, when there is nothing to quote or nowhere to put it.
@@ -25,10 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 SUMMARY = "In short"  # the section of the page that sums up
-NO_CASES = (SUMMARY, "The machine's limits", "How to read this")
+NO_CASES = (
+    SUMMARY,
+    "Since the last run",
+    "Properties",
+    "The machine's limits",
+    "How to read this",
+)
 FACTS = ("date", "processor", "threads", "instruction set in use", "compared")
 DROPPED = ("threads", "speed-up", "GF/s")  # columns that README.md does without
-TRIAL = re.compile(r"-(quick|part)\b")  # names of pages that are of a trial, or of chosen cases
+# Names of pages that are of a trial, of chosen cases, or of no cases.
+TRIAL = re.compile(r"-(quick|part|properties)\b")
 MOST_ROWS = 40  # of README.md's table; more are for docs/performance.md alone
 
 

@@ -90,6 +90,53 @@ py::object backward(const py::object& x, const py::object& weight, const py::obj
   });
 }
 
+// The column numbers, each of `cols`.
+py::array_t<int64_t> read_columns(const py::object& columns, int64_t cols) {
+  const py::array a = as_array("columns", columns);
+  const py::array_t<int64_t> numbers = private_integers("columns", a, {a.size()});
+  for (py::ssize_t i = 0; i < numbers.size(); ++i)
+    if (numbers.data()[i] < 0 || numbers.data()[i] >= cols)
+      value_mismatch("columns", "column numbers from 0 to " + std::to_string(cols - 1),
+                     std::to_string(numbers.data()[i]));
+  return numbers;
+}
+
+py::object take(const py::object& matrix, const py::object& columns, const py::object& threads) {
+  const py::array m = as_array("matrix", matrix);
+  check_matrix(m);
+  return for_dtype("matrix", m, [&](auto zero) -> py::object {
+    using T = decltype(zero);
+    const int64_t rows = m.shape(0), cols = m.shape(1);
+    const py::array_t<T> from = dense<T>("matrix", m, {rows, cols});
+    const py::array_t<int64_t> numbers = read_columns(columns, cols);
+    py::array_t<T> to(Shape{rows, numbers.size()});
+    const int n = thread_count(threads);
+    T* const out = to.mutable_data();
+    without_lock([&](Interrupt*) {
+      take_columns(from.data(), rows, cols, numbers.data(), numbers.size(), out, n);
+    });
+    return to;
+  });
+}
+
+void add(const py::object& matrix, const py::object& columns, const py::object& part,
+         const py::object& threads) {
+  const py::array m = as_array("matrix", matrix);
+  check_matrix(m);
+  for_dtype("matrix", m, [&](auto zero) -> py::object {
+    using T = decltype(zero);
+    const int64_t rows = m.shape(0), cols = m.shape(1);
+    T* const to = writable<T>("matrix", matrix, {rows, cols});
+    const py::array_t<int64_t> numbers = read_columns(columns, cols);
+    const py::array_t<T> from = dense<T>("part", part, {rows, numbers.size()});
+    const int n = thread_count(threads);
+    without_lock([&](Interrupt*) {
+      add_columns(from.data(), rows, cols, numbers.data(), numbers.size(), to, n);
+    });
+    return py::none();
+  });
+}
+
 }  // namespace
 
 void register_linear(py::module_& m) {
@@ -102,6 +149,11 @@ void register_linear(py::module_& m) {
         py::arg("threads") = py::none(),
         "Adds dy^T x to dweight and dy's column sums to dbias (each may be None); returns dy "
         "weight, or None.");
+  m.def("take_columns", &take, py::arg("matrix"), py::arg("columns"),
+        py::arg("threads") = py::none(), "matrix[:, columns], on several threads.");
+  m.def("add_columns", &add, py::arg("matrix"), py::arg("columns"), py::arg("part"),
+        py::arg("threads") = py::none(),
+        "matrix[:, columns] += part, in place and on several threads; columns all different.");
 }
 
 }  // namespace fastrnn

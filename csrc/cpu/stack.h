@@ -156,6 +156,16 @@ void linear_backward(const T* x, int64_t stride_x, const T* dy, int64_t stride_d
                      int64_t in, int64_t out, const T* w, T* dx, T* dw, T* db, int threads,
                      Interrupt* interrupt);
 
+// to (rows, count) = the given columns of from (rows, cols).
+template <class T>
+void take_columns(const T* from, int64_t rows, int64_t cols, const int64_t* columns, int64_t count,
+                  T* to, int threads);
+
+// The given columns, all different, of to (rows, cols) += from (rows, count).
+template <class T>
+void add_columns(const T* from, int64_t rows, int64_t cols, const int64_t* columns, int64_t count,
+                 T* to, int threads);
+
 // What the machine can do at most: the yardstick that benchmarks hold against our times.
 struct Limits {
   double gflops;        // 1e9 additions and multiplications a second

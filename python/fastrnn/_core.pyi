@@ -6,7 +6,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import typing
-__all__: list[str] = ['Packed', 'Stream', 'Tape', 'adam_step', 'available_threads', 'compiled', 'cpu', 'dropout', 'embedding_backward', 'embedding_forward', 'get_num_threads', 'isa', 'isas', 'linear_backward', 'linear_forward', 'measure_limits', 'set_num_threads', 'sgd_step', 'softmax_cross_entropy', 'sum_squares', 'unpack']
+__all__: list[str] = ['Packed', 'Stream', 'Tape', 'adam_step', 'add_columns', 'available_threads', 'compiled', 'cpu', 'dropout', 'embedding_backward', 'embedding_forward', 'get_num_threads', 'isa', 'isas', 'linear_backward', 'linear_forward', 'measure_limits', 'set_num_threads', 'sgd_step', 'softmax_cross_entropy', 'sum_squares', 'take_columns', 'unpack']
 class Packed:
     """
     A recurrent network's weights in the kernels' layout: a private, immutable copy.
@@ -73,6 +73,10 @@ def adam_step(weights: collections.abc.Sequence[numpy.ndarray], grads: collectio
     """
     One step of Adam (decoupled: AdamW) on lists of arrays, in place; step counts from 1.
     """
+def add_columns(matrix: typing.Any, columns: typing.Any, part: typing.Any, threads: typing.Any = None) -> None:
+    """
+    matrix[:, columns] += part, in place and on several threads; columns all different.
+    """
 def available_threads() -> int:
     """
     Processors this process may use: its affinity mask, cut by the cgroup's CPU quota.
@@ -124,7 +128,8 @@ def linear_forward(x: typing.Any, weight: typing.Any, bias: typing.Any = None, t
 def measure_limits(threads: typing.Any, bytes: typing.SupportsInt | typing.SupportsIndex = 0, seconds: typing.SupportsFloat | typing.SupportsIndex = 0.02, dtype: str = 'float32') -> dict:
     """
     What this machine can do at most, measured for `seconds` each: a dict of gflops, fused
-    multiply-adds counted as two, and gbytes_per_s, read again and again from `bytes` bytes
+    multiply-adds counted as two, tile_gflops, the same in the engine's tile on operands in the
+    first-level cache, and gbytes_per_s, read again and again from `bytes` bytes
     of which each thread has its share (0 where bytes is 0).
 
     At most get_num_threads() threads run at once. TypeError or ValueError for anything that
@@ -147,6 +152,10 @@ def softmax_cross_entropy(logits: numpy.ndarray, targets: typing.Any, mask: typi
 def sum_squares(arrays: collections.abc.Sequence[numpy.ndarray], threads: typing.Any) -> float:
     """
     The sum of all squares, accumulated in float64; the bits do not depend on threads.
+    """
+def take_columns(matrix: typing.Any, columns: typing.Any, threads: typing.Any = None) -> typing.Any:
+    """
+    matrix[:, columns], on several threads.
     """
 def unpack(packed: Packed) -> list:
     """

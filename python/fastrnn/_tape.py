@@ -90,10 +90,10 @@ class Tape:
         dy = _ragged.values_of("dy", dy, self._offsets)
         part = grads
         if self._compacted is not None:
-            part = accumulators(self._compacted[0].shapes(), self._network.dtype, None)
+            part = _vocabulary.parts(self._compacted[0], grads)
         dx, dinitial = self._tape.backward(dy, dstate, list(part.values()), threads)
         if self._compacted is not None:
-            _vocabulary.add_columns(grads, part, self._compacted[1])
+            _vocabulary.add_columns(grads, part, self._compacted[1], threads)
         return Gradients(None if dx is None else self._form(dx), dinitial, grads)
 
 
@@ -110,7 +110,7 @@ def infer(
     """Inference, of every layer and function: packs the weights and runs."""
     values, offsets, form = _ragged.split(x)
     reset = _ragged.values_of("reset", reset, offsets)
-    network, weights, values, _ = _vocabulary.compact(network, weights, values)
+    network, weights, values, _ = _vocabulary.compact(network, weights, values, threads)
     packed = network.pack(weights, threads)
     y, final = packed.forward(values, state, lengths, offsets, reset, batch_first, threads)
     return form(y), final
@@ -150,7 +150,7 @@ def forward(
     """The training forward pass of every layer and of ``functional.*_forward``."""
     every = 0 if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every)
     values, offsets, form = _ragged.split(x)
-    small, weights, values, columns = _vocabulary.compact(network, weights, values)
+    small, weights, values, columns = _vocabulary.compact(network, weights, values, threads)
     packed = small.pack(weights, threads)
     call = (
         values,

@@ -13,16 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from fastrnn import _core
 from fastrnn._cells import Network
-from fastrnn._params import Array
+from fastrnn._params import Array, accumulators
 
-__all__ = ["add_columns", "compact"]
+__all__ = ["add_columns", "compact", "parts"]
 
 _WORTH = 512  # vocabularies below this are packed whole
 
 
 def compact(
-    network: Network, weights: Mapping[str, Array], values: Any
+    network: Network, weights: Mapping[str, Array], values: Any, threads: int | None
 ) -> tuple[Network, Mapping[str, Array], Any, Array | None]:
     """(network, weights, values, columns): over the tokens that occur, if that is worth it.
 
@@ -41,19 +42,28 @@ def compact(
         return network, weights, values, None
     position = np.cumsum(seen) - 1
     small = {
-        name: array[:, columns] if _picks_columns(name) else array
+        name: _core.take_columns(array, columns, threads) if _picks_columns(name) else array
         for name, array in weights.items()
     }
     return replace(network, input_size=len(columns)), small, position[values], columns
 
 
-def add_columns(total: dict[str, Array], part: dict[str, Array], columns: Array) -> None:
+def parts(network: Network, total: dict[str, Array]) -> dict[str, Array]:
+    """Where the gradients over the smaller vocabulary are added.
+
+    ``total``'s own arrays, but new ones in place of those with a column for each token.
+    """
+    shapes = {name: shape for name, shape in network.shapes().items() if _picks_columns(name)}
+    return total | accumulators(shapes, network.dtype, None)
+
+
+def add_columns(
+    total: dict[str, Array], part: dict[str, Array], columns: Array, threads: int | None
+) -> None:
     """Adds gradients over ``columns`` of the vocabulary to those over all of it."""
     for name, gradient in part.items():
         if _picks_columns(name):
-            total[name][:, columns] += gradient
-        else:
-            total[name] += gradient
+            _core.add_columns(total[name], columns, gradient, threads)
 
 
 def _picks_columns(name: str) -> bool:
