@@ -331,9 +331,12 @@ def test_where_there_is_one_thread_nothing_is_said_of_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_core, "available_threads", lambda: 1)
-    for group in (properties.two_threads, properties.idle):
-        for line in group(properties.TINY):
-            assert line.value is None and "one thread" in line.how
+    for line in properties.two_threads(properties.TINY):
+        assert line.value is None and "one thread" in line.how
+    alone, *others = properties.idle(properties.TINY)
+    assert alone.value is not None and alone.name.endswith("one thread")
+    for line in others:
+        assert line.value is None and "one thread" in line.how
 
 
 @pytest.mark.skipif(
