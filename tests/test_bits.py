@@ -23,9 +23,10 @@ DTYPES = ["float32", "float64"]
 KINDS = ["full", "lengths", "reset", "lengths_reset"]
 THREADS = [2, 5]
 
-# Batch and hidden units: many rows, which threads divide, and few rows of many units; neither a
-# multiple of any vector or tile, both large enough for several threads to be worth waking.
-SIZES = {"rows": (21, 45), "few_rows": (2, 150)}
+# Batch and hidden units: many rows, which threads divide, so many that more parts than threads take
+# turns, and few rows of many units; none a multiple of any vector or tile, all large enough for
+# several threads to be worth waking.
+SIZES = {"rows": (21, 45), "turns": (51, 45), "few_rows": (2, 150)}
 T, I = 19, 13
 
 

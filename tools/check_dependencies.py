@@ -2,7 +2,7 @@
 """Which part of fastrnn may depend on which: the lint behind "May depend on" in the architecture.
 
 The rules are the tables at the top; the rest reads files. The reading path goes one way only,
-``LSTM.forward`` → bindings → dispatch → cpu/sequence → cells/lstm.h, and a part that includes
+``LSTM.forward`` → bindings → dispatch → cpu/forward → cells/lstm.h, and a part that includes
 something it should not know about breaks that silently. So does code of one instruction set that
 leaks into another's: what csrc/cpu/kernels.cc includes is compiled once per ISA, and one inline
 function of the C++ library there is enough for a crash on an older machine.

@@ -82,25 +82,29 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("weight gradients replaced, not added", "dst[b * W + k] ⟨+= → =⟩ src[k];"),
         ("one-hot gradients of the next token", "turned[u * kBlock + ⟨k → (k + 1) % n⟩];"),
     ],
-    "cpu/sequence.h": [
+    "cpu/steps.h": [
         ("reverse direction not reversed", "⟨reverse ? s.length[j] - 1 - k : k → k⟩"),
         ("resets ignored", "return ⟨ → false && ⟩a.reset.data["),
         ("reverse resets one step late", "a.reverse ? at.t ⟨+ 1 → ⟩ : at.t;"),
+    ],
+    "cpu/forward.h": [
         ("resets leave c", "if (⟨Cell::kHasCell → false⟩) zero_row(c_,"),
-        ("resets leave dc", "if (⟨Cell::kHasCell → false⟩) zero_row(dc,"),
         (
             "final states of ended rows lost",
             "if (⟨next.base != home.base → false⟩) copy_rows(next,",
         ),
+        ("dropout without its scale", "? *x ⟨* static_cast<T>(mask.scale) → ⟩"),
+        ("h' for h in the cell", "Cell::forward(slot, V::load(⟨cur → next⟩.at"),
+    ],
+    "cpu/backward.h": [
+        ("resets leave dc", "if (⟨Cell::kHasCell → false⟩) zero_row(dc,"),
         ("no resets when states are made again", "⟨zero_row(h_prev_, mine, row + j); → ⟩"),
         ("c lost when states are made again", "V c = ⟨Cell::kHasCell → false⟩ ? V::load(c_prev_"),
         (
             "h' for h when states are made again",
             "V::load(h_prev_.at(s, ⟨row → next⟩ + r) + v), c, h);",
         ),
-        ("dropout without its scale", "? *x ⟨* static_cast<T>(mask.scale) → ⟩"),
         ("dx through dropout without its scale", "src[i] ⟨* static_cast<T>(mask.scale) → ⟩"),
-        ("h' for h in the cell", "Cell::forward(slot, V::load(⟨cur → next⟩.at"),
         (
             "reset before: dW_hn from h, not r h",
             "⟨Cell::kTwoPhase && g == 2 ? rh_ : h_prev_ → h_prev_⟩",

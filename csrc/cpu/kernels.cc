@@ -3,9 +3,13 @@
 // set: only plain structs cross the border.
 #include "core/kernels.h"
 
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+#include "cpu/backward.h"
+#include "cpu/forward.h"
 #include "cpu/limits.h"
 #include "cpu/linear.h"
-#include "cpu/sequence.h"
 #include "cpu/training.h"
 
 #define FASTRNN_STRING_(x) #x

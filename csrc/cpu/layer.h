@@ -4,8 +4,10 @@
 #define FASTRNN_CPU_LAYER_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "core/checked.h"
@@ -147,34 +149,30 @@ class LayerForward {
       : kernels_(kernels), kind_(static_cast<int>(kind)), directions_(directions) {
     const int D = static_cast<int>(directions.size());
     const double work = layer_work(directions[0], kind) * D;
-    serial_ = plan_threads(threads, work) == 1;
     const ForwardArgs<T>& first = directions[0];
     const Division division = divide(kernels, kind, schedule.get(), first.H, D, work, threads);
-    parts_ = division.row_parts;
+    const Schedule& s = schedule.get();
+    parts_ = plan_turns(division.row_parts, s.batch, s.chunks);
     team_ = division.team;
+    workers_ = std::min(division.row_parts * D, plan_threads(threads, work));
     rows_ = schedule.split_rows(parts_);
-    size_t total = 0;
+    int64_t scratch = 0;
     for (const ForwardArgs<T>& a : directions_)
-      for (int part = 0; part < parts_; ++part) {
-        offset_.push_back(total);
-        const int64_t n = kernels_.forward_scratch[kind_](a, rows_[static_cast<size_t>(part)],
-                                                          rows_[static_cast<size_t>(part) + 1]);
-        total = checked_add(total, static_cast<size_t>(ceil_div(n, 64) * 64));
-      }
-    scratch_ = Buffer(checked_mul(total, sizeof(T)));
+      for (size_t part = 0; part < static_cast<size_t>(parts_); ++part)
+        scratch =
+            std::max(scratch, kernels_.forward_scratch[kind_](a, rows_[part], rows_[part + 1]));
+    scratch_size_ = ceil_div(scratch, 64) * 64;
+    scratch_ = make_buffer<T>(workers_, scratch_size_);
   }
 
   std::vector<ForwardArgs<T>>& directions() { return directions_; }
 
-  int parts() const { return parts_; }
-
   // Chunks on the calling thread alone, for callers that keep their own threads.
   void run_here(int64_t chunk0, int64_t chunk1) {
-    for (size_t i = 0; i < offset_.size(); ++i) run_task(static_cast<int>(i), chunk0, chunk1);
+    for (int task = 0; task < tasks(); ++task) run_task(task, chunk0, chunk1, 0);
   }
 
   void run(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
-    const auto task = [&](int i) { run_task(i, chunk0, chunk1); };
     if (team_ > 1) {
       return run_as_team(team_, interrupt, [&](int rank, Team& team) {
         const Share share = {rows_[0], rows_[1], rank, team.size(),
@@ -182,31 +180,74 @@ class LayerForward {
         kernels_.forward[kind_](directions_[0], chunk0, chunk1, share, scratch_.template data<T>());
       });
     }
-    const int tasks = parts_ * static_cast<int>(directions_.size());
-    if (interrupt != nullptr) interrupt->poll();  // a short run ends before its kernels ask
-    if (serial_) {
-      for (int i = 0; i < tasks; ++i) task(i);
+    if (workers_ == 1) {
+      if (interrupt != nullptr) interrupt->poll();  // a short run ends before its kernels ask
+      run_here(chunk0, chunk1);
       if (interrupt != nullptr && interrupt->stop()) throw Interrupted();
+    } else if (workers_ == tasks()) {
+      if (interrupt != nullptr) interrupt->poll();
+      run_parallel(workers_, interrupt, [&](int task) { run_task(task, chunk0, chunk1, task); });
     } else {
-      run_parallel(tasks, interrupt, task);
+      run_in_turns(chunk0, chunk1, interrupt);
     }
   }
 
  private:
-  void run_task(int i, int64_t chunk0, int64_t chunk1) {
-    const size_t part = static_cast<size_t>(i % parts_);
-    kernels_.forward[kind_](directions_[static_cast<size_t>(i / parts_)], chunk0, chunk1,
+  int tasks() const { return parts_ * static_cast<int>(directions_.size()); }
+
+  // More tasks than threads: a thread does the next chunk of whichever task is least advanced and
+  // in nobody's hands. So a thread that is slower than the others (another program's work on its
+  // core, a smaller core) does less.
+  void run_in_turns(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
+    struct Progress {
+      std::atomic<int64_t> next;
+      std::atomic<bool> taken{false};
+    };
+    std::vector<Progress> progress(static_cast<size_t>(tasks()));
+    for (Progress& p : progress) p.next = chunk0;
+    run_parallel(workers_, interrupt, [&](int worker) {
+      for (;;) {
+        int64_t least = chunk1, unfinished = 0;
+        size_t chosen = 0;
+        for (size_t i = 0; i < progress.size(); ++i) {
+          const int64_t next = progress[i].next.load(std::memory_order_acquire);
+          unfinished += next < chunk1;
+          if (next < least && !progress[i].taken.load(std::memory_order_relaxed)) {
+            least = next;
+            chosen = i;
+          }
+        }
+        if (unfinished == 0) return;
+        if (interrupt != nullptr && interrupt_tick(interrupt)) return;
+        if (least == chunk1) {  // all in hand: one may come back unfinished
+          std::this_thread::yield();
+          continue;
+        }
+        Progress& task = progress[chosen];
+        if (task.taken.exchange(true, std::memory_order_acquire)) continue;
+        const int64_t next = task.next.load(std::memory_order_relaxed);
+        if (next < chunk1) {
+          run_task(static_cast<int>(chosen), next, next + 1, worker);
+          task.next.store(next + 1, std::memory_order_release);
+        }
+        task.taken.store(false, std::memory_order_release);
+      }
+    });
+  }
+
+  void run_task(int task, int64_t chunk0, int64_t chunk1, int worker) {
+    const size_t part = static_cast<size_t>(task % parts_);
+    kernels_.forward[kind_](directions_[static_cast<size_t>(task / parts_)], chunk0, chunk1,
                             {rows_[part], rows_[part + 1]},
-                            scratch_.template data<T>() + offset_[static_cast<size_t>(i)]);
+                            scratch_.template data<T>() + worker * scratch_size_);
   }
 
   const Kernels<T>& kernels_;
   int kind_;
   std::vector<ForwardArgs<T>> directions_;
-  int parts_, team_;
-  bool serial_;
+  int parts_, team_, workers_;
   std::vector<int64_t> rows_;
-  std::vector<size_t> offset_;
+  int64_t scratch_size_;
   Buffer scratch_;
 };
 

@@ -1,4 +1,5 @@
 // Times the kernels of cpu/limits.h on the thread pool.
+#include <atomic>
 #include <chrono>
 
 #include "core/fpenv.h"
@@ -11,7 +12,8 @@ using Clock = std::chrono::steady_clock;
 
 // Work per second of work(task), which does some microseconds of it and returns how much that was.
 // Every task goes on for `seconds` by its own clock, and the whole counts from the first begin to
-// the last end: so tasks that had to run one after the other count as one thread.
+// the last end: so tasks that had to run one after the other count as one thread. They wait for
+// each other first, since a sleeping thread may take milliseconds to come.
 template <class Work>
 double rate(int tasks, double seconds, const Work& work) {
   struct Window {
@@ -19,8 +21,12 @@ double rate(int tasks, double seconds, const Work& work) {
     Clock::time_point begin, end;
   };
   std::vector<Window> windows(static_cast<size_t>(tasks));
+  std::atomic<int> there{0};
   run_parallel(tasks, nullptr, [&](int task) {
     work(task);  // a first time for the caches
+    ++there;
+    const Clock::time_point latest = Clock::now() + std::chrono::milliseconds(20);
+    while (there < tasks && Clock::now() < latest) continue;
     Window w = {0, Clock::now(), {}};
     do {
       w.done += work(task);

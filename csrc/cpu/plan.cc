@@ -48,6 +48,11 @@ Division plan_division(int threads, const LayerCost& cost) {
   return team > 1 && pays ? Division{1, team} : Division{parts, 1};
 }
 
+int plan_turns(int parts, int64_t rows, int64_t chunks) {
+  const int more = parts + (parts + 1) / 2;
+  return parts > 1 && chunks >= 4 && rows >= int64_t{8} * more ? more : parts;
+}
+
 bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int64_t rows,
                     int64_t recurrent) {
   if (threads < 2 || layers < 2 || directions > 1 || rows >= 8 || steps < 16) return false;

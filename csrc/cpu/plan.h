@@ -37,6 +37,11 @@ struct LayerCost {
 // waits for the slowest. A team must also save more than it costs to gather (some 20 µs).
 Division plan_division(int threads, const LayerCost& cost);
 
+// Row parts for a forward pass of so many chunks of steps, of which `parts` would run at once: half
+// as many again, where they keep at least 8 rows each and take turns often enough, so that a thread
+// that is slower than the others can do less.
+int plan_turns(int parts, int64_t rows, int64_t chunks);
+
 // Whether several layers should run at once, each a chunk of steps behind the one below: when there
 // are too few rows to split and both directions do not already keep two threads busy. recurrent:
 // G*H*H.

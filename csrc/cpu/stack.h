@@ -1,6 +1,6 @@
 // Layers and directions of a recurrent network on the CPU: packs weights, allocates, splits the
-// work among threads and calls the kernels of cpu/sequence.h. The bindings fill the plain structs
-// below and hold the objects.
+// work among threads and calls the kernels of cpu/forward.h and cpu/backward.h. The bindings fill
+// the plain structs below and hold the objects.
 #ifndef FASTRNN_CPU_STACK_H_
 #define FASTRNN_CPU_STACK_H_
 

@@ -366,7 +366,10 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   const int threads = plan_threads(call.threads, work);
   const Division division = divide(k, spec().kind, s, H, D, work, call.threads);
   const int row_parts = division.row_parts, team_members = division.team;
-  const int panel_parts = static_cast<int>(std::min<int64_t>(P, ceil_div(threads, D)));
+  // What does not depend on the recurrence is cut finer than there are threads, so that one that is
+  // slower than the others does less.
+  const int shares = threads > 1 ? 4 * threads : 1;
+  const int panel_parts = static_cast<int>(std::min<int64_t>(P, ceil_div(shares, D)));
   const std::vector<int64_t> rows = schedule.split_rows(row_parts);
   const auto run = [&](int tasks, const auto& f) {
     if (call.interrupt != nullptr) call.interrupt->poll();
@@ -391,7 +394,8 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
 
   Buffer reset_scratch;  // a two-phase cell's gradient of r∘h
   if (traits.two_phase) reset_scratch = make_buffer<T>(D * size, 1);
-  const int dx_parts = threads;
+  const int dx_parts = static_cast<int>(
+      std::max<int64_t>(threads, std::min<int64_t>(shares, s.max_rows / (4 * k.rows))));
   const int64_t dx_rows = ceil_div(s.max_rows, dx_parts);
   Buffer dx_scratch;
   if (want_dx) dx_scratch = make_buffer<T>(dx_parts * dx_rows, X * W);

@@ -13,6 +13,7 @@ using fastrnn::LayerCost;
 using fastrnn::plan_chunk_rows;
 using fastrnn::plan_division;
 using fastrnn::plan_threads;
+using fastrnn::plan_turns;
 using fastrnn::plan_wave_rows;
 using fastrnn::plan_wavefront;
 
@@ -115,6 +116,20 @@ void test_team() {
   CHECK_EQ(lstm(2, 1, 100, 8, 128, 4).row_parts, 2);
 }
 
+void test_turns() {
+  for (int parts = 1; parts <= 64; ++parts)
+    for (int64_t rows = 0; rows <= 600; ++rows)
+      for (int64_t chunks : {0, 1, 3, 4, 100}) {
+        const int turns = plan_turns(parts, rows, chunks);
+        CHECK(turns == parts || (turns > parts && turns <= 2 * parts && rows / turns >= 8));
+        CHECK(turns == parts || chunks >= 4);
+      }
+  CHECK_EQ(plan_turns(1, 1000, 100), 1);  // nobody to take turns with
+  CHECK_EQ(plan_turns(2, 32, 8), 3);
+  CHECK_EQ(plan_turns(2, 23, 8), 2);
+  CHECK_EQ(plan_turns(2, 32, 3), 2);
+}
+
 void test_wavefront() {
   const int64_t recurrent = 4 * 256 * 256;
   CHECK(plan_wavefront(2, 2, 1, 100, 1, recurrent));
@@ -160,6 +175,7 @@ int main() {
   test_threads();
   test_row_parts();
   test_team();
+  test_turns();
   test_wavefront();
   test_chunk_rows();
   return check_report();
