@@ -1,8 +1,8 @@
 """What the tables of cases do not show: fastrnn beside itself, each figure with what is expected.
 
 Whether rows that end early cost nothing, what checkpoints save, whether a step takes as long in a
-long sequence as in a short one, whether an idle pool is idle, what a second thread brings. All are
-ratios or differences of times that were taken in turn, so that a noisy machine hits both alike.
+long sequence as in a short one, whether an idle pool is idle, what a second thread brings. Ratios
+of times were taken in turn, so that a noisy machine hits both alike.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ float32 unless stated; I = H unless stated. T steps, B batch rows, I inputs, H h
 
 PROPERTIES = """\
 What the cases do not show: fastrnn beside itself, or beside PyTorch where memory is concerned.
-Times were taken in turn; a figure is the median over the rounds."""
+Times that are compared were taken in turn, and a ratio is the median over the rounds."""
 
 
 def _number(value: float) -> str:

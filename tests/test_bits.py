@@ -26,7 +26,7 @@ THREADS = [2, 5]
 # Batch and hidden units: many rows, which threads divide, so many that more parts than threads take
 # turns, and few rows of many units; none a multiple of any vector or tile, all large enough for
 # several threads to be worth waking.
-SIZES = {"rows": (21, 45), "turns": (51, 45), "few_rows": (2, 150)}
+SIZES = {"rows": (21, 45), "turns": (70, 45), "few_rows": (2, 150)}
 T, I = 19, 13
 
 

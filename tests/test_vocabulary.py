@@ -7,6 +7,7 @@ from typing import Any
 import fastrnn
 import numpy as np
 import pytest
+from conftest import assert_same_bits
 from fastrnn import _core
 
 
@@ -76,6 +77,16 @@ def test_columns_out_of_a_matrix_and_back(
     want[:, columns] += part
     _core.add_columns(matrix, columns, part, threads)
     np.testing.assert_array_equal(matrix, want)
+
+
+def test_columns_have_the_same_bits_for_any_threads() -> None:
+    columns = np.arange(0, 2000, 2)
+    sums = []
+    for threads in (1, 2):
+        matrix = np.full((300, 2000), 1.5e-38, "f")  # sums that are subnormal numbers
+        _core.add_columns(matrix, columns, np.full((300, 1000), -1.4e-38, "f"), threads)
+        sums.append(matrix)
+    assert_same_bits(*sums)
 
 
 @pytest.mark.parametrize(

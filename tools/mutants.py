@@ -94,6 +94,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "if (⟨next.base != home.base → false⟩) copy_rows(next,",
         ),
         ("dropout without its scale", "? *x ⟨* static_cast<T>(mask.scale) → ⟩"),
+        ("superblocks together, all into the first", "gates_.at((s + ⟨i / COUNT → 0⟩) *"),
         ("h' for h in the cell", "Cell::forward(slot, V::load(⟨cur → next⟩.at"),
     ],
     "cpu/backward.h": [

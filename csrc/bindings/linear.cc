@@ -33,15 +33,15 @@ Rows<T> rows(const std::string& name, const py::handle& value, int64_t columns) 
   return {a, static_cast<const T*>(a.data()), a.strides(0) / static_cast<py::ssize_t>(sizeof(T))};
 }
 
-void check_matrix(const py::array& w) {
+void check_matrix(const std::string& name, const py::array& w) {
   if (w.ndim() != 2 || w.shape(0) < 1 || w.shape(1) < 1)
-    value_mismatch("weight", "a matrix (out, in) with no empty axis", text(shape_of(w)));
+    value_mismatch(name, "a matrix with no empty axis", text(shape_of(w)));
 }
 
 py::object forward(const py::object& x, const py::object& weight, const py::object& bias,
                    const py::object& threads) {
   const py::array w = as_array("weight", weight);
-  check_matrix(w);
+  check_matrix("weight", w);
   return for_dtype("weight", w, [&](auto zero) -> py::object {
     using T = decltype(zero);
     const int64_t out = w.shape(0), in = w.shape(1);
@@ -64,7 +64,7 @@ py::object backward(const py::object& x, const py::object& weight, const py::obj
                     const py::object& dweight, const py::object& dbias, bool need_dx,
                     const py::object& threads) {
   const py::array w = as_array("weight", weight);
-  check_matrix(w);
+  check_matrix("weight", w);
   return for_dtype("weight", w, [&](auto zero) -> py::object {
     using T = decltype(zero);
     const int64_t out = w.shape(0), in = w.shape(1);
@@ -103,17 +103,19 @@ py::array_t<int64_t> read_columns(const py::object& columns, int64_t cols) {
 
 py::object take(const py::object& matrix, const py::object& columns, const py::object& threads) {
   const py::array m = as_array("matrix", matrix);
-  check_matrix(m);
+  check_matrix("matrix", m);
   return for_dtype("matrix", m, [&](auto zero) -> py::object {
     using T = decltype(zero);
     const int64_t rows = m.shape(0), cols = m.shape(1);
-    const py::array_t<T> from = dense<T>("matrix", m, {rows, cols});
+    const py::array from = rows_of<T>("matrix", m);
     const py::array_t<int64_t> numbers = read_columns(columns, cols);
     py::array_t<T> to(Shape{rows, numbers.size()});
     const int n = thread_count(threads);
     T* const out = to.mutable_data();
+    const int64_t stride = from.strides(0) / static_cast<int64_t>(sizeof(T));
     without_lock([&](Interrupt*) {
-      take_columns(from.data(), rows, cols, numbers.data(), numbers.size(), out, n);
+      take_columns(static_cast<const T*>(from.data()), stride, rows, numbers.data(), numbers.size(),
+                   out, n);
     });
     return to;
   });
@@ -122,7 +124,7 @@ py::object take(const py::object& matrix, const py::object& columns, const py::o
 void add(const py::object& matrix, const py::object& columns, const py::object& part,
          const py::object& threads) {
   const py::array m = as_array("matrix", matrix);
-  check_matrix(m);
+  check_matrix("matrix", m);
   for_dtype("matrix", m, [&](auto zero) -> py::object {
     using T = decltype(zero);
     const int64_t rows = m.shape(0), cols = m.shape(1);
@@ -153,7 +155,7 @@ void register_linear(py::module_& m) {
         py::arg("threads") = py::none(), "matrix[:, columns], on several threads.");
   m.def("add_columns", &add, py::arg("matrix"), py::arg("columns"), py::arg("part"),
         py::arg("threads") = py::none(),
-        "matrix[:, columns] += part, in place and on several threads; columns all different.");
+        "matrix[:, columns] += part, in place and on several threads.");
 }
 
 }  // namespace fastrnn

@@ -116,10 +116,14 @@ class Backward {
     const Panels<T> out = {scratch, (r1 - r0) * W};
     const int64_t rows = r1 - r0, panel = S_ * G * W * W;
     memset(scratch, 0, sizeof(T) * static_cast<size_t>(X_ * rows * W));
-    multiply_panels(
-        {0, X_}, rows, a_.w_ih, panel, out,
-        [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
-        G * W * W);
+    Ticker ticker(a_.interrupt);
+    for (int64_t b = 0; b < X_; b += 4) {  // as many panels as any tile takes
+      multiply_panels(
+          {b, b + 4 < X_ ? b + 4 : X_}, rows, a_.w_ih, panel, out,
+          [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
+          G * W * W);
+      if (ticker.stop(rows * 4 * W * G * a_.H)) return;
+    }
     for (int64_t k = begin_; k < end_; ++k) {
       const int64_t first = s_.row_of_step[k];
       const int64_t j_end = r1 - first < s_.active[k] ? r1 - first : s_.active[k];

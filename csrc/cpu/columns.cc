@@ -1,6 +1,7 @@
 // Some columns of a matrix: W_ih over the tokens of a large vocabulary that occur in a call, out of
 // the caller's matrix and its gradient back in. Bound by memory, and so plain loops; threads share
 // the rows.
+#include "core/fpenv.h"
 #include "cpu/layer.h"
 
 namespace fastrnn {
@@ -17,16 +18,17 @@ void for_rows(int64_t rows, int64_t count, int threads, const F& f) {
 }  // namespace
 
 template <class T>
-void take_columns(const T* from, int64_t rows, int64_t cols, const int64_t* columns, int64_t count,
-                  T* to, int threads) {
+void take_columns(const T* from, int64_t stride, int64_t rows, const int64_t* columns,
+                  int64_t count, T* to, int threads) {
   for_rows(rows, count, threads, [&](int64_t r) {
-    for (int64_t k = 0; k < count; ++k) to[r * count + k] = from[r * cols + columns[k]];
+    for (int64_t k = 0; k < count; ++k) to[r * count + k] = from[r * stride + columns[k]];
   });
 }
 
 template <class T>
 void add_columns(const T* from, int64_t rows, int64_t cols, const int64_t* columns, int64_t count,
                  T* to, int threads) {
+  const FpEnv env;
   for_rows(rows, count, threads, [&](int64_t r) {
     for (int64_t k = 0; k < count; ++k) to[r * cols + columns[k]] += from[r * count + k];
   });

@@ -164,10 +164,13 @@ class Forward {
   }
 
   void multiply_inputs(int64_t k0, int64_t end, const Right<T>& w) const {
-    // Few rows: several panels at once, so that their chains hide each other's latency. Else a
-    // panel at a time, which then stays in the first-level cache for all rows.
-    int64_t most_rows = 1;
-    for_runs(k0, end, [&](int64_t, int64_t n) { most_rows = n > most_rows ? n : most_rows; });
+    // As many panels at once as a tile takes, for all rows of the chunk.
+    int64_t most_rows = 1, rows = 0;
+    for_runs(k0, end, [&](int64_t, int64_t n) {
+      most_rows = n > most_rows ? n : most_rows;
+      rows += n;
+    });
+    Ticker ticker(a_.interrupt);
     const int most =
         panels_at_once(most_rows < kTileRows ? static_cast<int>(most_rows) : kTileRows);
     const int64_t end_panel = mine_.end * G;
@@ -184,6 +187,7 @@ class Forward {
           for (int i = 0; i < together; ++i) out[i] += m * W;
         }
       });
+      if (ticker.stop(rows * together * W * a_.I)) return;  // the steps will notice it, too
     }
   }
 

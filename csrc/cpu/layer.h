@@ -134,8 +134,19 @@ template <class T>
 Division divide(const Kernels<T>& kernels, CellKind kind, const Schedule& s, int64_t H,
                 int directions, double multiply_adds, int threads) {
   const int64_t bytes = cell_traits(kind).gates * H * H * static_cast<int64_t>(sizeof(T));
-  return plan_division(threads, {directions, s.steps, s.batch, bytes, ceil_div(H, kernels.width),
-                                 multiply_adds, static_cast<int64_t>(second_level_cache_bytes())});
+  // A team waits for its members: no more than there can be.
+  const int useful = threads > 1 ? std::min(threads, get_num_threads()) : 1;
+  return plan_division(useful, {directions, s.steps, s.batch, bytes, ceil_div(H, kernels.width),
+                                multiply_adds, static_cast<int64_t>(second_level_cache_bytes())});
+}
+
+// Of all segments: what run() is called with at least.
+inline int64_t fewest_chunks(const ScheduleBuilder& schedule) {
+  const std::vector<int64_t>& segments = schedule.segments();
+  int64_t fewest = schedule.get().chunks;
+  for (size_t i = 0; i + 2 < segments.size(); ++i)  // the last may be a short rest
+    fewest = std::min(fewest, segments[i + 1] - segments[i]);
+  return fewest;
 }
 
 // The threads' shares of one layer: all directions × row parts, or the members of a team, with the
@@ -151,8 +162,7 @@ class LayerForward {
     const double work = layer_work(directions[0], kind) * D;
     const ForwardArgs<T>& first = directions[0];
     const Division division = divide(kernels, kind, schedule.get(), first.H, D, work, threads);
-    const Schedule& s = schedule.get();
-    parts_ = plan_turns(division.row_parts, s.batch, s.chunks);
+    parts_ = plan_turns(division.row_parts, schedule.get().batch, fewest_chunks(schedule));
     team_ = division.team;
     workers_ = std::min(division.row_parts * D, plan_threads(threads, work));
     rows_ = schedule.split_rows(parts_);
@@ -174,13 +184,16 @@ class LayerForward {
 
   void run(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
     if (team_ > 1) {
-      return run_as_team(team_, interrupt, [&](int rank, Team& team) {
-        const Share share = {rows_[0], rows_[1], rank, team.size(),
-                             team.size() > 1 ? &team : nullptr};
-        kernels_.forward[kind_](directions_[0], chunk0, chunk1, share, scratch_.template data<T>());
-      });
-    }
-    if (workers_ == 1) {
+      // Gathered anew for every chunk, so that a thread that was late joins the next.
+      for (int64_t chunk = chunk0; chunk < chunk1; ++chunk) {
+        run_as_team(team_, interrupt, [&](int rank, Team& team) {
+          const Share share = {rows_[0], rows_[1], rank, team.size(),
+                               team.size() > 1 ? &team : nullptr};
+          kernels_.forward[kind_](directions_[0], chunk, chunk + 1, share,
+                                  scratch_.template data<T>());
+        });
+      }
+    } else if (workers_ == 1) {
       if (interrupt != nullptr) interrupt->poll();  // a short run ends before its kernels ask
       run_here(chunk0, chunk1);
       if (interrupt != nullptr && interrupt->stop()) throw Interrupted();

@@ -50,7 +50,7 @@ Division plan_division(int threads, const LayerCost& cost) {
 
 int plan_turns(int parts, int64_t rows, int64_t chunks) {
   const int more = parts + (parts + 1) / 2;
-  return parts > 1 && chunks >= 4 && rows >= int64_t{8} * more ? more : parts;
+  return parts > 1 && chunks >= 6 && rows >= int64_t{8} * more ? more : parts;
 }
 
 bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int64_t rows,
@@ -60,14 +60,14 @@ bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int6
   return plan_threads(threads, work) > 1;
 }
 
-int64_t plan_wave_rows(int64_t steps, int64_t rows) {
-  return std::clamp<int64_t>(steps / 16, 8, 64) * std::max<int64_t>(1, rows);
+int64_t plan_wave_rows(int64_t steps, int64_t rows, int64_t weight_bytes, int64_t l2_bytes) {
+  const int64_t chunks = weight_bytes <= l2_bytes ? 16 : 8;
+  return std::clamp<int64_t>(steps / chunks, 8, 1024 / chunks) * std::max<int64_t>(1, rows);
 }
 
-int64_t plan_chunk_rows(int64_t slab_columns, int element_size, bool training) {
-  if (training) return 256;
-  const int64_t fits = (int64_t{1} << 20) / std::max<int64_t>(1, slab_columns * element_size);
-  return std::clamp<int64_t>(fits, 64, 256);
+int64_t plan_chunk_rows(int64_t slab_row_bytes, int64_t w_ih_bytes) {
+  const int64_t fits = (int64_t{1} << 20) / std::max<int64_t>(1, slab_row_bytes);
+  return std::max(std::clamp<int64_t>(fits, 64, 256), std::min<int64_t>(w_ih_bytes >> 15, 512));
 }
 
 }  // namespace fastrnn

@@ -14,8 +14,8 @@ namespace fastrnn {
 int plan_threads(int threads, double multiply_adds);
 
 // How one layer's recurrence is shared: row_parts tasks per direction that each take some rows
-// through all steps and wait for nobody, or (then row_parts is 1) a team of `team` threads that
-// share the hidden units and meet after every step.
+// through the steps of a chunk and wait for nobody, or (then row_parts is 1) a team of `team`
+// threads that share the hidden units and meet after every step.
 struct Division {
   int row_parts;
   int team;
@@ -33,13 +33,15 @@ struct LayerCost {
 
 // A part has at least 4 rows: with fewer, a row costs as much as the reading of the weights, which
 // every part repeats. A team's members read only their share of the weights, and keep it in a cache
-// that the whole would not fit; against that stand the meetings (some 0.4 µs) and that every step
-// waits for the slowest. A team must also save more than it costs to gather (some 20 µs).
+// that the whole would not fit; against that stand the meetings (some 0.4 µs) and
+// that every step waits for the slowest. Where the rows cannot be split, a team must also save more
+// than it costs to gather (some 20 µs).
 Division plan_division(int threads, const LayerCost& cost);
 
-// Row parts for a forward pass of so many chunks of steps, of which `parts` would run at once: half
-// as many again, where they keep at least 8 rows each and take turns often enough, so that a thread
-// that is slower than the others can do less.
+// Row parts for forward passes of at least so many chunks of steps, of which `parts` would run at
+// once: half as many again, where they keep at least 8 rows each and there are chunks enough that
+// uneven turns at the end cost little (6: 5 %), so that a thread that is slower than the others
+// does less.
 int plan_turns(int parts, int64_t rows, int64_t chunks);
 
 // Whether several layers should run at once, each a chunk of steps behind the one below: when there
@@ -48,12 +50,18 @@ int plan_turns(int parts, int64_t rows, int64_t chunks);
 bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int64_t rows,
                     int64_t recurrent);
 
-// Rows of a wavefront's chunk: some 16 chunks, so that the layers overlap most of the time.
-int64_t plan_wave_rows(int64_t steps, int64_t rows);
+// Rows of a wavefront's chunk: in general 16 chunks, so that the layers overlap most of the time,
+// and 8 where the weights of all layers (weight_bytes) are more than one core's cache holds, since
+// a thread that goes from layer to layer then reads them anew for every chunk. A chunk has at least
+// 8 steps.
+int64_t plan_wave_rows(int64_t steps, int64_t rows, int64_t weight_bytes, int64_t l2_bytes);
 
-// Rows of a chunk of steps. In inference the slab of pre-activations should stay in the
-// second-level cache; in training two panels of a chunk should stay in the first.
-int64_t plan_chunk_rows(int64_t slab_columns, int element_size, bool training);
+// Rows of a chunk of steps in training: two panels of it should stay near the first-level cache.
+constexpr int64_t kTrainingChunkRows = 256;
+
+// The same in inference, where the slab of pre-activations should stay in the second-level cache,
+// and yet W_ih, which is read once a chunk, should not cost more than the slab: 32 KB of it a row.
+int64_t plan_chunk_rows(int64_t slab_row_bytes, int64_t w_ih_bytes);
 
 }  // namespace fastrnn
 

@@ -119,9 +119,17 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
   const CellTraits traits = cell_traits(spec.kind);
   const bool waves = plan_wavefront(call.threads, spec.layers, spec.directions, call.steps, B,
                                     traits.gates * spec.H * spec.H);
+  const int64_t gate_bytes = static_cast<int64_t>(sizeof(T)) * traits.gates * spec.H;
+  int64_t weight_bytes = 0, w_ih_bytes = 0;  // of all layers; of the layer with the largest W_ih
+  for (int l = 0; l < spec.layers; ++l) {
+    const int64_t inputs = l == 0 && call.input.ids != nullptr ? 1 : spec.input_size(l);
+    weight_bytes += gate_bytes * (inputs + spec.H);
+    w_ih_bytes = std::max(w_ih_bytes, gate_bytes * inputs);
+  }
   const int64_t chunk_rows =
-      waves ? plan_wave_rows(call.steps, B)
-            : plan_chunk_rows(S * traits.slots * W, static_cast<int>(sizeof(T)), false);
+      waves ? plan_wave_rows(call.steps, B, weight_bytes,
+                             static_cast<int64_t>(second_level_cache_bytes()))
+            : plan_chunk_rows(S * traits.slots * W * static_cast<int64_t>(sizeof(T)), w_ih_bytes);
   const ScheduleBuilder schedule(call.steps, B, call.lengths, chunk_rows);
   const int32_t* const order = schedule.get().order;
   const int64_t state_size = S * B * W, count = positions(call.steps, B, call.lengths, call.starts);

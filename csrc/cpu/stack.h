@@ -156,12 +156,13 @@ void linear_backward(const T* x, int64_t stride_x, const T* dy, int64_t stride_d
                      int64_t in, int64_t out, const T* w, T* dx, T* dw, T* db, int threads,
                      Interrupt* interrupt);
 
-// to (rows, count) = the given columns of from (rows, cols).
+// to (rows, count) = the given columns of from, whose rows are `stride` elements apart.
 template <class T>
-void take_columns(const T* from, int64_t rows, int64_t cols, const int64_t* columns, int64_t count,
-                  T* to, int threads);
+void take_columns(const T* from, int64_t stride, int64_t rows, const int64_t* columns,
+                  int64_t count, T* to, int threads);
 
-// The given columns, all different, of to (rows, cols) += from (rows, count).
+// The given columns of to (rows, cols) += from (rows, count); one that is given twice is added
+// twice.
 template <class T>
 void add_columns(const T* from, int64_t rows, int64_t cols, const int64_t* columns, int64_t count,
                  T* to, int threads);

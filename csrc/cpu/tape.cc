@@ -78,8 +78,7 @@ struct StackTape<T>::State {
                           ? std::vector<int64_t>()
                           : std::vector<int64_t>(call.starts, call.starts + call.batch)),
         starts(call.starts == nullptr ? nullptr : starts_memory.data()),
-        schedule(call.steps, call.batch, call.lengths, plan_chunk_rows(0, sizeof(T), true),
-                 call.checkpoint_every) {}
+        schedule(call.steps, call.batch, call.lengths, kTrainingChunkRows, call.checkpoint_every) {}
 
   const StackSpec& spec() const { return stack->spec(); }
   int width() const { return stack->kernels().width; }

@@ -75,7 +75,7 @@ def adam_step(weights: collections.abc.Sequence[numpy.ndarray], grads: collectio
     """
 def add_columns(matrix: typing.Any, columns: typing.Any, part: typing.Any, threads: typing.Any = None) -> None:
     """
-    matrix[:, columns] += part, in place and on several threads; columns all different.
+    matrix[:, columns] += part, in place and on several threads.
     """
 def available_threads() -> int:
     """

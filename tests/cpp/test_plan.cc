@@ -119,15 +119,15 @@ void test_team() {
 void test_turns() {
   for (int parts = 1; parts <= 64; ++parts)
     for (int64_t rows = 0; rows <= 600; ++rows)
-      for (int64_t chunks : {0, 1, 3, 4, 100}) {
+      for (int64_t chunks : {0, 1, 5, 6, 100}) {
         const int turns = plan_turns(parts, rows, chunks);
         CHECK(turns == parts || (turns > parts && turns <= 2 * parts && rows / turns >= 8));
-        CHECK(turns == parts || chunks >= 4);
+        CHECK(turns == parts || chunks >= 6);
       }
   CHECK_EQ(plan_turns(1, 1000, 100), 1);  // nobody to take turns with
   CHECK_EQ(plan_turns(2, 32, 8), 3);
   CHECK_EQ(plan_turns(2, 23, 8), 2);
-  CHECK_EQ(plan_turns(2, 32, 3), 2);
+  CHECK_EQ(plan_turns(2, 32, 5), 2);
 }
 
 void test_wavefront() {
@@ -141,32 +141,38 @@ void test_wavefront() {
   CHECK(!plan_wavefront(2, 2, 1, 100, 1, 4));
   CHECK(!plan_wavefront(2, 2, 1, 100, 0, recurrent));
   for (int64_t steps = 1; steps < 3000; ++steps)
-    for (int64_t rows : {0, 1, 7}) {
-      const int64_t chunk = plan_wave_rows(steps, rows), batch = rows > 0 ? rows : 1;
-      CHECK(chunk >= batch && chunk % batch == 0);  // whole steps, at least one
-      CHECK(chunk <= 64 * batch);
-      CHECK(chunk <= plan_wave_rows(steps + 1, rows));
-    }
-  CHECK_EQ(plan_wave_rows(512, 3), 32 * 3);  // 16 chunks
+    for (int64_t rows : {0, 1, 7})
+      for (int64_t bytes : {kL2, 2 * kL2}) {
+        const int64_t chunk = plan_wave_rows(steps, rows, bytes, kL2), batch = rows > 0 ? rows : 1;
+        CHECK(chunk >= batch && chunk % batch == 0);  // whole steps, at least one
+        CHECK(chunk <= 128 * batch);
+        CHECK(steps < 16 || 2 * chunk <= steps * batch);  // layers can overlap
+        CHECK(chunk <= plan_wave_rows(steps + 1, rows, bytes, kL2));
+      }
+  CHECK_EQ(plan_wave_rows(512, 3, kL2, kL2), 32 * 3);          // 16 chunks
+  CHECK_EQ(plan_wave_rows(512, 3, kL2 + 1, kL2), 2 * 32 * 3);  // 8
 }
 
 void test_chunk_rows() {
-  for (int element_size : {4, 8}) {
-    int64_t last = 256;
-    for (int64_t columns = 0; columns < 100000; columns += 7) {
-      const int64_t rows = plan_chunk_rows(columns, element_size, false);
-      CHECK(rows >= 64 && rows <= 256);
-      CHECK(rows <= last);  // wider slabs, no more rows
-      // A megabyte, unless even the fewest rows are more.
-      CHECK(rows == 64 || rows * columns * element_size <= 1 << 20);
-      last = rows;
-      CHECK_EQ(plan_chunk_rows(columns, element_size, true), 256);
+  int64_t last = 256;
+  for (int64_t bytes = 0; bytes < 400000; bytes += 28) {
+    const int64_t rows = plan_chunk_rows(bytes, 0);
+    CHECK(rows >= 64 && rows <= 256);
+    CHECK(rows <= last);  // wider slabs, no more rows
+    // A megabyte, unless even the fewest rows are more.
+    CHECK(rows == 64 || rows * bytes <= 1 << 20);
+    last = rows;
+    for (int64_t w_ih : {int64_t{1} << 10, int64_t{1} << 22, int64_t{1} << 24, int64_t{1} << 40}) {
+      const int64_t more = plan_chunk_rows(bytes, w_ih);
+      CHECK(more >= rows && more <= 512);
+      CHECK(more == rows || more * 32768 <= w_ih);  // no more than spreads the reading of W_ih
     }
-    CHECK_EQ(last, 64);
   }
-  CHECK_EQ(plan_chunk_rows(512, 4, false), 256);
-  CHECK_EQ(plan_chunk_rows(2048, 4, false), 128);
-  CHECK_EQ(plan_chunk_rows(2048, 8, false), 64);
+  CHECK_EQ(last, 64);
+  // LSTM, I = H = 128, 512, 1024 in float32.
+  CHECK_EQ(plan_chunk_rows(512 * 4, 512 * 128 * 4), 256);
+  CHECK_EQ(plan_chunk_rows(2048 * 4, 2048 * 512 * 4), 128);
+  CHECK_EQ(plan_chunk_rows(4096 * 4, 4096 * 1024 * 4), 512);
 }
 
 }  // namespace
