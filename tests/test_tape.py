@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import fastrnn
 import numpy as np
 import pytest
@@ -86,3 +88,18 @@ def test_an_error_leaves_the_sums_alone(rng: np.random.Generator) -> None:
         tape.backward(dy, into=into)
     for name, g in kept.items():
         np.testing.assert_array_equal(into[name], g)
+
+
+@pytest.mark.parametrize("options", [{}, {"tbptt": (3, 3)}, {"checkpoint_every": 2}])
+def test_gradients_go_to_their_names_whatever_the_order(
+    rng: np.random.Generator, options: dict[str, Any]
+) -> None:
+    lstm = fastrnn.LSTM(5, 5, num_layers=2, rng=0)  # I = H: only the names tell the arrays apart
+    x = rng.standard_normal((6, 3, 5)).astype("f")
+    y, _, tape = lstm.forward(x, **options)
+    want = tape.backward(np.ones_like(y)).params
+    into = {name: np.zeros_like(want[name]) for name in reversed(list(want))}
+    _, _, tape = lstm.forward(x, **options)
+    assert tape.backward(np.ones_like(y), into=into).params is into
+    for name, gradient in want.items():
+        np.testing.assert_array_equal(into[name], gradient)

@@ -91,7 +91,8 @@ class Tape:
         part = grads
         if self._compacted is not None:
             part = _vocabulary.parts(self._compacted[0], grads)
-        dx, dinitial = self._tape.backward(dy, dstate, list(part.values()), threads)
+        ordered = [part[name] for name in self._network.shapes()]  # ``into`` may have any order
+        dx, dinitial = self._tape.backward(dy, dstate, ordered, threads)
         if self._compacted is not None:
             _vocabulary.add_columns(grads, part, self._compacted[1], threads)
         return Gradients(None if dx is None else self._form(dx), dinitial, grads)
