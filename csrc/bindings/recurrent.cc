@@ -4,52 +4,16 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
-#include <map>
 #include <stdexcept>
 #include <type_traits>
+
+#include "bindings/call.h"
 
 namespace fastrnn {
 
 void register_recurrent(py::module_& m);
 
 namespace {
-
-CellKind cell_kind(const std::string& name) {
-  static const std::map<std::string, CellKind> kinds = {
-      {"rnn_tanh", CellKind::kRnnTanh},       {"rnn_relu", CellKind::kRnnRelu},
-      {"rnn_sigmoid", CellKind::kRnnSigmoid}, {"lstm", CellKind::kLstm},
-      {"gru_after", CellKind::kGruAfter},     {"gru_before", CellKind::kGruBefore}};
-  const auto found = kinds.find(name);
-  if (found == kinds.end()) value_mismatch("cell", "a cell's name", "'" + name + "'");
-  return found->second;
-}
-
-// The name that PyTorch gives a parameter, for messages.
-std::string parameter_name(const char* what, int layer, int direction) {
-  return std::string(what) + "_l" + std::to_string(layer) + (direction ? "_reverse" : "");
-}
-
-struct ParameterShapes {
-  Shape w_ih, w_hh, b;
-};
-
-ParameterShapes parameter_shapes(const StackSpec& spec, int layer) {
-  const py::ssize_t rows = cell_traits(spec.kind).gates * spec.H;
-  return {{rows, spec.input_size(layer)}, {rows, spec.H}, {rows}};
-}
-
-// Calls f(layer, direction, index of its first array, shapes) and checks the number of arrays.
-template <class F>
-void for_parameters(const StackSpec& spec, const std::string& name,
-                    const std::vector<py::object>& arrays, const F& f) {
-  const size_t per = spec.bias ? 4 : 2;
-  const size_t expected = per * static_cast<size_t>(spec.count());
-  if (arrays.size() != expected)
-    value_mismatch(name, std::to_string(expected) + " arrays", std::to_string(arrays.size()));
-  for (int l = 0; l < spec.layers; ++l)
-    for (int d = 0; d < spec.directions; ++d)
-      f(l, d, per * static_cast<size_t>(spec.index(l, d)), parameter_shapes(spec, l));
-}
 
 template <class T>
 std::shared_ptr<const PackedStack<T>> pack(const StackSpec& spec,
@@ -79,31 +43,12 @@ std::shared_ptr<const PackedStack<T>> pack(const StackSpec& spec,
 Packed make_packed(const std::string& cell, int64_t input_size, int64_t hidden_size, int num_layers,
                    int num_directions, bool bias, const std::string& dtype,
                    const std::vector<py::object>& weights, const py::object& threads) {
-  if (input_size < 1 || hidden_size < 1 || num_layers < 1 || num_layers > INT32_MAX / 2 ||
-      num_directions < 1 || num_directions > 2)
-    throw py::value_error(
-        "input_size, hidden_size, num_layers: expected at least 1, num_directions: expected 1 or "
-        "2");
-  const StackSpec spec = {cell_kind(cell), input_size,     hidden_size,
-                          num_layers,      num_directions, bias};
+  const StackSpec spec =
+      stack_spec(cell, input_size, hidden_size, num_layers, num_directions, bias);
   if (dtype == "float32") return {pack<float>(spec, weights, thread_count(threads))};
   if (dtype == "float64") return {pack<double>(spec, weights, thread_count(threads))};
   value_mismatch("dtype", "'float32' or 'float64'", "'" + dtype + "'");
 }
-
-// Which axes of x, y and dy are time and batch.
-struct Axes {
-  py::ssize_t t, b;       // b is -1 without a batch
-  const int64_t* starts;  // rows one after the other: (B), their first steps; else null
-
-  Layout layout(const py::array& a, size_t element) const {
-    const auto stride = [&](py::ssize_t axis) {
-      return a.strides(axis) / static_cast<py::ssize_t>(element);
-    };
-    if (starts != nullptr) return {stride(0), 0, starts};
-    return {stride(t), b < 0 ? 0 : stride(b), nullptr};
-  }
-};
 
 // The arguments of a call, checked; owns every converted array that the pointers in `call` refer
 // to.
@@ -123,14 +68,17 @@ struct CallArguments {
     one_hot = kind == 'i' || kind == 'u';
     if (!one_hot) check_dtype<T>("x", a);
     call.threads = thread_count(threads);
-    const bool batched = read_shape(a, spec, offsets, batch_first);
-    const py::ssize_t LD = spec.count();
-    const Shape state_shape = batched ? Shape{LD, call.batch, spec.H} : Shape{LD, spec.H};
+    extent.emplace(spec, shape_of(a), one_hot, offsets, lengths, batch_first);
+    call.steps = extent->steps;
+    call.batch = extent->batch;
+    call.lengths = extent->lengths();
+    call.starts = extent->starts();
+    axes = {extent->time_axis, extent->batch_axis, extent->starts()};
+    const Shape state_shape = extent->state_shape(spec);
     const bool has_cell = cell_traits(spec.kind).has_cell;
     initial = read_states<T>("state", state, has_cell, state_shape);
     call.h0 = initial.h_data();
     call.c0 = initial.c_data();
-    read_lengths(lengths, batched);
     read_reset(reset, Shape(a.shape(), a.shape() + a.ndim() - (one_hot ? 0 : 1)));
     read_input(a, spec);
 
@@ -148,75 +96,6 @@ struct CallArguments {
   py::array input;  // x as the kernels read it
 
  private:
-  // Steps and batch from the shape of x, or from the offsets of rows that stand one after the
-  // other. Returns whether there is a batch.
-  bool read_shape(const py::array& x, const StackSpec& spec, const py::object& offsets,
-                  bool batch_first) {
-    const bool ragged = !offsets.is_none();
-    const py::ssize_t most = (ragged ? 1 : 2) + (one_hot ? 0 : 1);
-    const bool batched = ragged || x.ndim() == most;
-    if (x.ndim() != most && (ragged || x.ndim() != most - 1)) {
-      const std::string I = std::to_string(spec.I), order = batch_first ? "B, T" : "T, B";
-      const std::string expected =
-          ragged    ? (one_hot ? "integers of shape (steps of all rows,)"
-                               : "shape (steps of all rows, " + I + ")")
-          : one_hot ? "integers of shape (" + order + "), or (T,) without a batch"
-                    : "shape (" + order + ", " + I + "), or (T, " + I + ") without a batch";
-      value_mismatch("x", expected, text(shape_of(x)));
-    }
-    if (!one_hot && x.shape(x.ndim() - 1) != spec.I)
-      value_mismatch("x", std::to_string(spec.I) + " features in its last axis", text(shape_of(x)));
-    if (ragged) {
-      read_offsets(offsets, x.shape(0));
-    } else {
-      axes.t = batched && batch_first ? 1 : 0;
-      axes.b = batched ? 1 - axes.t : -1;
-      call.steps = x.shape(axes.t);
-      call.batch = batched ? x.shape(axes.b) : 1;
-    }
-    if (call.batch > INT32_MAX)
-      value_mismatch("x", "a batch below 2**31 rows", std::to_string(call.batch));
-    return batched;
-  }
-
-  void read_offsets(const py::object& offsets, int64_t total) {
-    const py::array a = as_array("offsets", offsets);
-    if (a.ndim() != 1 || a.shape(0) < 1)
-      value_mismatch("offsets", "shape (B + 1,)", text(shape_of(a)));
-    offsets_ = private_integers("offsets", a, shape_of(a));
-    call.batch = a.shape(0) - 1;
-    lengths_ = py::array_t<int64_t>(Shape{call.batch});
-    const int64_t* const o = offsets_.data();
-    bool fits = o[0] == 0 && o[call.batch] == total;
-    for (int64_t b = 0; b < call.batch; ++b) fits = fits && o[b + 1] >= o[b];
-    if (!fits)
-      value_mismatch("offsets", "values that rise from 0 to " + std::to_string(total),
-                     std::string(py::str(a)));
-    for (int64_t b = 0; b < call.batch; ++b) {
-      const int64_t n = o[b + 1] - o[b];
-      lengths_.mutable_data()[b] = n;
-      call.steps = std::max(call.steps, n);
-    }
-    call.lengths = lengths_.data();
-    call.starts = axes.starts = o;
-  }
-
-  void read_lengths(const py::object& lengths, bool batched) {
-    if (lengths.is_none()) return;
-    if (!batched) value_mismatch("lengths", "None, since x has no batch axis", type_name(lengths));
-    if (call.starts != nullptr)
-      value_mismatch("lengths", "None, since x tells its rows' lengths", type_name(lengths));
-    lengths_ = private_integers("lengths", lengths, {call.batch});
-    for (int64_t b = 0; b < call.batch; ++b) {
-      const int64_t n = lengths_.data()[b];
-      if (n < 0 || n > call.steps)
-        value_mismatch("lengths",
-                       "values from 0 to " + std::to_string(call.steps) + " (the steps of x)",
-                       std::to_string(n) + " at index " + std::to_string(b));
-    }
-    call.lengths = lengths_.data();
-  }
-
   void read_reset(const py::object& reset, const Shape& shape) {
     if (reset.is_none()) return;
     py::array a = as_array("reset", reset);
@@ -243,7 +122,7 @@ struct CallArguments {
   }
 
   py::array reset_;
-  py::array_t<int64_t> lengths_, offsets_;
+  std::optional<Extent> extent;
 };
 
 py::tuple forward(const Packed& packed, const py::object& x, const py::object& state,

@@ -36,6 +36,18 @@ constexpr CellTraits cell_traits(CellKind kind) {
                                         : CellTraits{1, 1, false, false};
 }
 
+// The shape of a recurrent network.
+struct StackSpec {
+  CellKind kind;
+  int64_t I, H;
+  int layers, directions;
+  bool bias;
+
+  int64_t input_size(int layer) const { return layer == 0 ? I : H * directions; }
+  int index(int layer, int direction) const { return layer * directions + direction; }
+  int count() const { return layers * directions; }
+};
+
 }  // namespace fastrnn
 
 #endif  // FASTRNN_CORE_DIMS_H_

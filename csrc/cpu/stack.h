@@ -16,17 +16,6 @@
 
 namespace fastrnn {
 
-struct StackSpec {
-  CellKind kind;
-  int64_t I, H;
-  int layers, directions;
-  bool bias;
-
-  int64_t input_size(int layer) const { return layer == 0 ? I : H * directions; }
-  int index(int layer, int direction) const { return layer * directions + direction; }
-  int count() const { return layers * directions; }
-};
-
 // The caller's parameters of one layer and direction, C-contiguous: (G*H, I), (G*H, H), (G*H),
 // (G*H); biases may be null.
 template <class T>

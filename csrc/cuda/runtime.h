@@ -1,0 +1,116 @@
+// The device as the host sees it: which there are, memory, copies, streams, recorded sequences of
+// launches. No CUDA header is needed to use it, and the same declarations are implemented by CUDA
+// (cuda/runtime.cu) and by the host emulator (cuda/emulator.cc).
+//
+// Errors: Error for what the driver reports, std::bad_alloc when the device's memory is exhausted,
+// Unavailable when there is no device to be had.
+#ifndef FASTRNN_CUDA_RUNTIME_H_
+#define FASTRNN_CUDA_RUNTIME_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace fastrnn {
+namespace cuda {
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+// No driver, a driver that is too old, no device: the message says which.
+struct Unavailable : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct DeviceInfo {
+  std::string name;
+  int major, minor;         // compute capability
+  int multiprocessors;      // SMs
+  size_t shared_per_block;  // bytes of dynamic shared memory that a block can ask for
+  int registers_per_multiprocessor;
+  size_t memory, free_memory;
+  size_t l2_bytes;
+  std::string driver, runtime;  // versions
+};
+
+// Throws Unavailable unless device 0 can be used by this process. In the child of a fork after the
+// parent has used the device: Unavailable, too, since CUDA does not survive a fork.
+void require_device();
+DeviceInfo device_info();
+
+// A queue of work. Calls below return at once where they can; the order within a stream is that of
+// the calls.
+struct Stream {
+  void* handle = nullptr;  // a cudaStream_t; null is the default stream
+};
+// The stream of this host thread, made at its first use; where the caller brings none.
+Stream own_stream();
+// Waits until all work of the stream is done; throws Error if some of it failed.
+void synchronize(Stream stream);
+
+// Device memory, uninitialised, aligned to 256 bytes, taken and given back in the order of its
+// stream. Memory of a moved-from or default object: null, 0 bytes.
+class Memory {
+ public:
+  Memory() noexcept = default;
+  Memory(size_t bytes, Stream stream);  // std::bad_alloc
+  ~Memory();
+  Memory(Memory&& other) noexcept { *this = std::move(other); }
+  Memory& operator=(Memory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(stream_, other.stream_);
+    return *this;
+  }
+  template <class T = void>
+  T* data() const noexcept {
+    return static_cast<T*>(data_);
+  }
+  size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+  Stream stream_;
+};
+
+// n elements of T.
+template <class T>
+Memory allocate(int64_t n, Stream stream) {
+  if (n < 0 || static_cast<uint64_t>(n) > (uint64_t{1} << 62) / sizeof(T)) throw std::bad_alloc();
+  return Memory(static_cast<size_t>(n) * sizeof(T), stream);
+}
+
+void copy_to_device(void* to, const void* from, size_t bytes,
+                    Stream stream);  // host memory is free on return
+void copy_to_host(void* to, const void* from, size_t bytes, Stream stream);  // waits for it
+void copy_on_device(void* to, const void* from, size_t bytes, Stream stream);
+void fill_bytes(void* to, int byte, size_t bytes, Stream stream);
+
+// A recorded sequence of launches, to be replayed any number of times, one replay at a time.
+class Graph {
+ public:
+  Graph() noexcept = default;
+  // Records what `work` launches on the stream it is given; nothing runs yet.
+  static Graph record(const std::function<void(Stream)>& work);
+  ~Graph();
+  Graph(Graph&& other) noexcept { *this = std::move(other); }
+  Graph& operator=(Graph&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  void replay(Stream stream) const;
+
+ private:
+  void* handle_ = nullptr;
+};
+
+}  // namespace cuda
+}  // namespace fastrnn
+
+#endif  // FASTRNN_CUDA_RUNTIME_H_
