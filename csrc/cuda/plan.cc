@@ -1,7 +1,10 @@
 #include "cuda/plan.h"
 
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <tuple>
 
 #include "cuda/cluster.h"
 #include "cuda/grid.h"
@@ -16,6 +19,8 @@ std::string refusal(Family family, const RecurrenceShape& shape, const DeviceInf
   if (family == Family::kGrid) return grid::refuse(shape, device);
   return "";
 }
+
+constexpr size_t kMostKept = 4096;  // shapes, of a program whose batches differ in every call
 
 constexpr Family kFamilies[] = {Family::kCluster, Family::kGrid, Family::kStep};
 
@@ -47,6 +52,23 @@ Plan plan(const RecurrenceShape& shape, const DeviceInfo& device) {
     reason += (reason.empty() ? "" : "; ") + std::string(family_name(family)) + ": " + why_not;
   }
   return {Family::kStep, reason};  // never refused
+}
+
+Family planned_family(const RecurrenceShape& shape) {
+  using Key = std::tuple<CellKind, Precision, int64_t, int64_t, int, std::string>;
+  static std::mutex* const mutex = new std::mutex;  // like the map, also there when others end
+  static auto* const known = new std::map<Key, Family>;
+  const char* const wanted = std::getenv("FASTRNN_CUDA_FAMILY");
+  const Key key(shape.kind, shape.precision, shape.H, shape.B, shape.directions,
+                wanted == nullptr ? "" : wanted);
+  const std::lock_guard<std::mutex> lock(*mutex);
+  const auto found = known->find(key);
+  if (found != known->end()) return found->second;
+  static const DeviceInfo device = device_info();
+  const Family family = plan(shape, device).family;
+  if (known->size() >= kMostKept) known->clear();
+  known->emplace(key, family);
+  return family;
 }
 
 }  // namespace cuda

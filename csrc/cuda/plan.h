@@ -22,6 +22,10 @@ struct Plan {
 // names one of them: it is taken if it can run the shape, and std::invalid_argument says why not.
 Plan plan(const RecurrenceShape& shape, const DeviceInfo& device);
 
+// The family for this process's device. Asking the device takes longer than a short call, so each
+// answer is kept.
+Family planned_family(const RecurrenceShape& shape);
+
 }  // namespace cuda
 }  // namespace fastrnn
 

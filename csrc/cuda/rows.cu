@@ -358,15 +358,6 @@ struct AddTokenGradients {
   }
 };
 
-template <class From, class To>
-struct Convert {
-  const From* from;
-  To* to;
-  FASTRNN_HD void operator()(int64_t i) const {
-    to[i] = narrow<To>(static_cast<Accumulator<To>>(widen(from[i])));
-  }
-};
-
 }  // namespace
 
 DeviceSchedule::DeviceSchedule(int64_t T, int64_t B, const int64_t* lengths, Stream stream) {
@@ -514,11 +505,6 @@ void add_token_gradients(Stream stream, const GateSlots& slots, int64_t H, int64
            AddTokenGradients<S>{slots, H, V, rows, begin, token, gradients, dw});
 }
 
-template <class From, class To>
-void convert(Stream stream, int64_t n, const From* from, To* to) {
-  for_each(stream, n, Convert<From, To>{from, to});
-}
-
 #define FASTRNN_INSTANTIATE_STORED(S)                                                              \
   template void gather_input<S>(Stream, const RowMap&, bool, int64_t, int64_t, int64_t,            \
                                 const DeviceArrayRef&, S*);                                        \
@@ -555,9 +541,6 @@ FASTRNN_INSTANTIATE_STORED(Float16)
                                  const A*, A*);
 FASTRNN_INSTANTIATE_COMPUTED(float)
 FASTRNN_INSTANTIATE_COMPUTED(double)
-
-template void convert<float, Bfloat16>(Stream, int64_t, const float*, Bfloat16*);
-template void convert<float, Float16>(Stream, int64_t, const float*, Float16*);
 
 }  // namespace cuda
 }  // namespace fastrnn

@@ -176,10 +176,6 @@ void add_token_gradients(Stream stream, const GateSlots& slots, int64_t H, int64
                          int64_t segments, const int32_t* rows, const int64_t* begin,
                          const int64_t* token, const S* gradients, Accumulator<S>* dw);
 
-// Element by element.
-template <class From, class To>
-void convert(Stream stream, int64_t n, const From* from, To* to);
-
 }  // namespace cuda
 }  // namespace fastrnn
 

@@ -210,7 +210,7 @@ struct Pass {
         call(of_call),
         schedule(of_schedule),
         shape(of_stack.shape(of_call.batch)),
-        family(plan(shape, device_info()).family),
+        family(planned_family(shape)),
         slots(gate_slots(of_stack.spec().kind)) {
     if (call.reset == nullptr) return;
     for (int d = 0; d < stack.spec().directions; ++d) {
