@@ -84,6 +84,12 @@ bool find_all(void* library, Functions& f) {
          find(library, "cublasLtGetVersion", f.version);
 }
 
+#if defined(FASTRNN_CUDA_EMULATED)
+constexpr bool kSearch = false;  // it could not use the emulator's memory
+#else
+constexpr bool kSearch = true;
+#endif
+
 std::string folder_of_this_module() {
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&description), &info) == 0 || info.dli_fname == nullptr)
@@ -129,9 +135,10 @@ struct Library {
       }
       return;
     }
-#if defined(FASTRNN_CUDA_EMULATED)
-    description = "not looked for by the emulator, whose device memory is the host's";
-#else
+    if (!kSearch) {
+      description = "not looked for by the emulator";
+      return;
+    }
     // What PyTorch or another library has loaded already is the best choice: a second copy would
     // take some 500 MB.
     for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
@@ -139,7 +146,6 @@ struct Library {
     for (const std::string& place : places())
       if (open(place, RTLD_NOW | RTLD_LOCAL)) return;
     description = "not found; pip install nvidia-cublas brings it";
-#endif
   }
 
   bool open(const std::string& place, int flags) {
