@@ -26,6 +26,11 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatabl
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A process has one CUDA backend, and those it starts have the same. Where there is no GPU it is the
+# emulated one.
+if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):
+    os.environ.setdefault("FASTRNN_CUDA", "emulated")
+
 # The accuracy we promise on signed random data with T up to 1000, against the float64 reference
 # run on the same values: absolute for outputs and states, …
 FORWARD_ATOL = {"float32": 1e-6, "float64": 1e-12}
