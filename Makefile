@@ -1,5 +1,6 @@
 # make demo   trains a character model on real text and samples from it
 # make test   C++ tests, then the Python tests
+# make cuda   compiles the CUDA path for every GPU and checks what nvcc made of it; needs nvcc, no GPU
 # make bench  the benchmarks
 # make lint   formatting, types, spelling, dependencies between the parts, stubs, warnings as errors
 # make neon   the C++ tests for AArch64 under an emulator      make sanitize  ... under ASan+UBSan and under TSan
@@ -8,7 +9,8 @@
 #
 # Each target first makes what it needs: a virtual environment in .venv and fastrnn built and installed into it. Nothing
 # is installed outside this checkout, except that `make neon` gets its compiler and `make counts` valgrind from Debian
-# when run as root.
+# when run as root. The CUDA path is built where there are nvcc and a GPU; its twin for an emulated GPU, on which it is
+# tested everywhere, by `make test` and `make lint`.
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,16 +29,22 @@ WERROR := $(if $(CI),ON,OFF)
 CLI := $(VENV)/$(if $(CI),.dev,.cli)
 TEST := $(VENV)/$(if $(CI),.dev,.test)
 
-SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(wildcard cmake/*.cmake) \
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE $(wildcard cmake/*.cmake cmake/*/CMakeLists.txt) \
            $(shell find csrc python -not -path '*/__pycache__*' -not -path '*/.*')
-CPP_TESTS := $(wildcard tests/cpp/*)
+CPP_TESTS := $(wildcard tests/cpp/* tests/cpp/cuda/*)
 
-.PHONY: demo test bench lint neon sanitize mutants counts examples clean check-machine
+# nvcc takes minutes: for nothing without a GPU, and under CI only once, in `make cuda`.
+CUDA := $(if $(CI),OFF,$(if $(wildcard /dev/nvidiactl /dev/dxg),AUTO,OFF))
+NVCC := $(shell PATH="$$PATH:$${CUDA_PATH:-/usr/local/cuda}/bin:$${CUDA_HOME:-/usr/local/cuda}/bin" command -v $${CUDACXX:-nvcc})
+
+.PHONY: demo test bench lint cuda neon sanitize mutants counts examples clean check-machine check-cuda
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
-# $(call install,<extra>,<build folder>,<cmake options>): build what has changed and install it with the extra's packages
+# $(call install,<extra>,<build folder>,<cmake options>): build what has changed and install it with the extra's
+# packages. The stamps of other installations go: what they stood for is no longer there.
 install = echo "== building fastrnn and installing it into $(VENV) (the first time: a few minutes)" && \
+          rm -f $(VENV)/.cli $(VENV)/.test $(VENV)/.dev $(VENV)/.cuda && \
           $(PY) -m pip install -q --no-build-isolation --config-settings=build-dir=$(2) \
             $(foreach option,$(3),--config-settings=cmake.define.$(option)) ".[$(1)]"
 
@@ -60,6 +68,15 @@ lint: $(VENV)/.dev
 	codespell
 	$(PY) tools/check_dependencies.py
 	$(PY) tools/check_stubs.py
+
+cuda:
+	@if [ -n "$(NVCC)" ]; then $(MAKE) --no-print-directory check-cuda; else \
+	  echo "make cuda: there is no nvcc, so the CUDA path is not compiled"; $(if $(CI),,exit 1;) \
+	fi
+
+check-cuda: $(VENV)/.cuda
+	$(PY) tools/cuda_gates.py
+	$(PY) -m pytest tests/test_cuda_module.py
 
 neon: $(VENV)/.tools
 	@if ! command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null; then \
@@ -116,13 +133,17 @@ $(VENV)/.tools: pyproject.toml | check-machine
 	@touch $@
 
 $(VENV)/.cli: $(VENV)/.tools $(SOURCES)
-	@$(call install,cli,$(BUILD),FASTRNN_TESTS=OFF FASTRNN_WERROR=$(WERROR))
+	@$(call install,cli,$(BUILD),FASTRNN_TESTS=OFF FASTRNN_WERROR=$(WERROR) FASTRNN_CUDA=$(CUDA) FASTRNN_CUDA_EMULATED=OFF)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.tools $(SOURCES) $(CPP_TESTS)
-	@$(call install,test,$(BUILD),FASTRNN_TESTS=ON FASTRNN_WERROR=$(WERROR))
-	@touch $@
+	@$(call install,test,$(BUILD),FASTRNN_TESTS=ON FASTRNN_WERROR=$(WERROR) FASTRNN_CUDA=$(CUDA) FASTRNN_CUDA_EMULATED=ON)
+	@touch $@ $(VENV)/.cli
 
 $(VENV)/.dev: $(VENV)/.tools $(SOURCES) $(CPP_TESTS)
-	@$(call install,dev,build/werror,FASTRNN_TESTS=ON FASTRNN_WERROR=ON)
+	@$(call install,dev,build/werror,FASTRNN_TESTS=ON FASTRNN_WERROR=ON FASTRNN_CUDA=OFF FASTRNN_CUDA_EMULATED=ON)
 	@touch $@
+
+$(VENV)/.cuda: $(VENV)/.tools $(SOURCES) $(CPP_TESTS)
+	@$(call install,dev,build/werror,FASTRNN_TESTS=ON FASTRNN_WERROR=ON FASTRNN_CUDA=ON FASTRNN_CUDA_EMULATED=ON)
+	@touch $@ $(VENV)/.dev

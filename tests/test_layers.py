@@ -18,6 +18,7 @@ import fastrnn
 import numpy as np
 import pytest
 from conftest import CELLS, assert_same_bits, make_layer, map_state, run_python, state_arrays
+from fastrnn import _device
 
 I, H = 6, 8
 LAYERS = [fastrnn.RNN, fastrnn.LSTM, fastrnn.GRU]
@@ -110,13 +111,17 @@ def test_bad_options_of_the_cells() -> None:
 
 
 @every_layer
-def test_63_cuda_says_what_is_missing(Layer: Any) -> None:
-    config = fastrnn.show_config("dict")
-    assert config is not None
-    if config["cuda"] != "not in this build":
-        pytest.skip("this build has the CUDA backend")
-    with pytest.raises(RuntimeError, match=r"^device: expected 'cpu', got 'cuda', .*no CUDA"):
-        Layer(I, H, device="cuda")
+def test_63_cuda_says_what_is_missing(Layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTRNN_CUDA", "")
+    monkeypatch.setitem(sys.modules, "fastrnn._cuda", None)  # as in a build without it
+    _device._cuda.cache_clear()
+    try:
+        config = fastrnn.show_config("dict")
+        assert config is not None and config["cuda"] == "not in this build"
+        with pytest.raises(RuntimeError, match=r"^device: expected 'cpu', got 'cuda', .*no CUDA"):
+            Layer(I, H, device="cuda")
+    finally:
+        _device._cuda.cache_clear()
 
 
 @every_layer

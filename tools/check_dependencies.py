@@ -31,6 +31,14 @@ MAY_INCLUDE = {
     "dispatch.": ("dispatch.h", "core/"),
     # cpu/stack.h is the engine's plain interface.
     "bindings/": ("bindings/", "dispatch.h", "core/", "cpu/stack.h"),
+    # An extension module of its own.
+    "bindings/cuda/": (
+        "bindings/cuda/",
+        "bindings/arrays.h",
+        "bindings/call.h",
+        "cuda/",
+        "core/",
+    ),
 }
 
 # cpu/ has two halves. What this file includes, directly or not, is compiled once per ISA: C headers
@@ -40,10 +48,15 @@ PER_ISA_SOURCE = "cpu/kernels.cc"
 PER_ISA_MAY_INCLUDE = ("cpu/", "cells/", "core/")
 PER_ISA_HEADERS = ("stddef.h", "stdint.h", "string.h", "immintrin.h", "arm_neon.h")
 
+# What kernels are written in: CUDA to nvcc, the host's emulator to the C++ compiler. So it is not
+# for files that are C++ in both builds.
+KERNEL_WORDS = "cuda/simt.h"
+KERNEL_WORDS_ALSO_IN = ("cuda/emulator.cc",)
+
 # Headers of other libraries (a pattern), and the only parts that may include them.
 ONLY_IN = [
     (r"pybind11/|Python\.h$|numpy/", ("bindings/",)),
-    (r"cuda|cublas|cooperative_groups|nv", ("cuda/",)),
+    (r"cuda|cublas|cooperative_groups|nv", ("cuda/simt_device.h", "cuda/runtime.cu")),
     (
         r"\w*intrin\.h$|arm_neon\.h$|cpuid\.h$|sys/auxv\.h$",
         ("dispatch.", "cpu/vec.h", "core/fpenv.h"),
@@ -142,6 +155,9 @@ def check_cpp(csrc: Path) -> Iterator[Finding]:
                 what = check_own_include(csrc, path, part, ours)
                 if not what and name in per_isa and not ours.startswith(PER_ISA_MAY_INCLUDE):
                     what = f'"{ours}" in code that is compiled per ISA'
+                always_cpp = path.suffix == ".cc" and name not in KERNEL_WORDS_ALSO_IN
+                if not what and always_cpp and KERNEL_WORDS in reached(csrc, ours):
+                    what = f'"{ours}" is or includes "{KERNEL_WORDS}", which is for .cu files'
             else:
                 what = check_library_include(name, theirs)
                 if not what and name in per_isa and theirs not in PER_ISA_HEADERS:

@@ -4,6 +4,7 @@
     y, (h, c) = lstm(x)                       # inference, x (T, B, 64)
     y, (h, c), tape = lstm.forward(x)         # training
     grads = tape.backward(dy)                 # exact back-propagation through time
+    lstm.to("cuda")                           # the same on an NVIDIA GPU
 
 Names, shapes and semantics are PyTorch's: ``x`` (T, B, I), states (L·D, B, H), gates i, f, g, o and
 r, z, n. T steps, B batch rows, I inputs, H hidden units, G gates, L layers, D directions.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fastrnn import _core, functional
 from fastrnn._config import show_config
 from fastrnn._core import Stream, available_threads, get_num_threads, set_num_threads
+from fastrnn._device import DeviceArray, device_array
 from fastrnn._frozen import Frozen
 from fastrnn._layers import GRU, LSTM, RNN
 from fastrnn._params import Gradients
@@ -35,6 +37,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "DeviceArray",
     "Frozen",
     "Gradients",
     "Ragged",
@@ -42,6 +45,7 @@ __all__ = [
     "Tape",
     "__version__",
     "available_threads",
+    "device_array",
     "functional",
     "get_num_threads",
     "io",

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastrnn import _check, _core
+from fastrnn import _check, _device
 from fastrnn._params import Array
 
-__all__ = ["NONLINEARITIES", "Network", "infer", "parameter_shapes"]
+__all__ = ["NONLINEARITIES", "PRECISIONS", "Network", "infer", "parameter_shapes"]
 
 NONLINEARITIES = ("tanh", "relu", "sigmoid")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")  # of float32 networks on the device
 GATES = {"rnn": 1, "lstm": 4, "gru": 3}
 Family = Literal["rnn", "lstm", "gru"]
 
@@ -31,6 +32,9 @@ class Network:
         family: ``"rnn"``, ``"lstm"`` or ``"gru"``.
         variant: The nonlinearity of an RNN; ``"after"`` or ``"before"``, where a GRU's reset gate
             acts; empty for an LSTM.
+        device: Where weights and results live: ``"cpu"`` or ``"cuda"``.
+        precision: What products are computed in on the device, one of ``PRECISIONS``; None for the
+            dtype itself. The CPU has no other.
     """
 
     family: Family
@@ -41,6 +45,8 @@ class Network:
     num_directions: int
     bias: bool
     dtype: np.dtype[Any]
+    device: str = "cpu"
+    precision: str | None = None
 
     @property
     def cell(self) -> str:
@@ -58,18 +64,24 @@ class Network:
             self.bias,
         )
 
-    def pack(self, weights: Mapping[str, Array], threads: int | None = None) -> _core.Packed:
-        """A private copy of ``weights`` in the kernels' layout."""
-        return _core.Packed(
+    def pack(self, weights: Mapping[str, Array], threads: int | None = None, x: Any = None) -> Any:
+        """A private copy of ``weights`` in the layout of the device's kernels: their ``Packed``.
+
+        Made on the stream of ``x``, the array that it will run on, where that is on the device.
+        """
+        own = self.precision is None or self.device == "cpu"
+        stream = {"stream": x.stream} if _device.is_array(x) else {}
+        return _device.kernels(self.device).Packed(
             self.cell,
             self.input_size,
             self.hidden_size,
             self.num_layers,
             self.num_directions,
             self.bias,
-            self.dtype.name,
+            self.dtype.name if own else self.precision,
             [weights[name] for name in self.shapes()],
             threads,
+            **stream,
         )
 
 
@@ -96,6 +108,8 @@ def infer(
 ) -> tuple[Network, dict[str, Array]]:
     """The network that ``weights`` (PyTorch's names) describe, and the weights as arrays.
 
+    Weights on a CUDA device make a network there.
+
     Raises:
         TypeError: not a mapping of float32 or float64 arrays of one dtype.
         ValueError: names or shapes that do not fit together; the message lists all of them.
@@ -107,10 +121,16 @@ def infer(
             "weights: expected PyTorch's names (weight_ih_l0, weight_hh_l0, …), "
             f"got {sorted(map(str, weights))}"
         )
-    arrays = {name: np.asarray(value) for name, value in weights.items()}
-    dtype = arrays["weight_hh_l0"].dtype.newbyteorder("=")
+    device = "cuda" if _device.on_device(weights["weight_hh_l0"]) else "cpu"
+    arrays: dict[str, Any] = {}
+    for name, value in weights.items():
+        if device == "cpu":
+            arrays[name] = np.asarray(value)
+        else:
+            arrays[name] = _device.port(device, value).take(f"weights[{name!r}]", value)
+    dtype = _device.dtype_of(arrays["weight_hh_l0"])
     for name, array in arrays.items():
-        if array.dtype.newbyteorder("=") != dtype or dtype not in ("float32", "float64"):
+        if _device.dtype_of(array) != dtype or dtype not in ("float32", "float64"):
             expected = dtype if dtype in ("float32", "float64") else "float32 or float64"
             raise TypeError(
                 f"weights[{name!r}]: expected an array of {expected}, got {array.dtype}"
@@ -131,7 +151,7 @@ def infer(
         "num_directions": 2 if "weight_hh_l0_reverse" in arrays else 1,
         "bias": "bias_ih_l0" in arrays,
     }
-    network = Network(family, variant, dtype=dtype, **shape)
+    network = Network(family, variant, dtype=np.dtype(dtype), device=device, **shape)
     expected_shapes = network.shapes()
     problems = [f"missing {name!r}" for name in expected_shapes if name not in arrays]
     problems += [f"unknown {name!r}" for name in arrays if name not in expected_shapes]

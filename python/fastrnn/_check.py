@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastrnn import _core, _device
+
 __all__ = [
     "any_float_array",
     "choice",
@@ -58,8 +60,6 @@ def size(name: str, value: object, most: int = _MAX_SIZE) -> int:
 def threads(value: object, name: str = "threads") -> int:
     """A thread count from 1 to 1024; None means the default, which is looked up here."""
     if value is None:
-        from fastrnn import _core  # here, so that the validator itself needs no extension
-
         return int(_core.get_num_threads())
     expected = f"None or an integer from 1 to {_MAX_THREADS}"
     result = _integer(name, value, expected)
@@ -156,17 +156,22 @@ def choice(name: str, value: object, options: Sequence[str]) -> str:
 
 
 def float_array(
-    name: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...] | None = None
+    name: str, value: Any, dtype: np.dtype[Any] | str, shape: tuple[int, ...] | None = None
 ) -> npt.NDArray[Any]:
     """``value`` as an aligned C-contiguous array of ``dtype``; copied only where it is not one yet.
+
+    A ``DeviceArray`` stays one, here and below.
 
     Raises:
         TypeError: another dtype (byte order apart); the message says how to convert.
         ValueError: another shape than ``shape``, where that is given.
     """
+    wanted = dtype if isinstance(dtype, str) else dtype.name
+    if _device.is_array(value):
+        return _device_array(name, value, (wanted,), shape)
     array = np.asarray(value)
     if array.dtype.newbyteorder("=") != dtype:
-        hint = f"; convert it with .astype({dtype.name!r})" if array.dtype.kind in "fiu" else ""
+        hint = f"; convert it with .astype({wanted!r})" if array.dtype.kind in "fiu" else ""
         raise TypeError(f"{name}: expected an array of {dtype}, got {array.dtype}{hint}")
     if shape is not None and array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
@@ -175,6 +180,8 @@ def float_array(
 
 def any_float_array(name: str, value: Any) -> npt.NDArray[Any]:
     """``value``, which must be float32 or float64, as an aligned C-contiguous native array."""
+    if _device.is_array(value):
+        return _device_array(name, value, ("float32", "float64"), None)
     array = np.asarray(value)
     dtype = array.dtype.newbyteorder("=")
     if dtype not in _FLOATS:
@@ -184,6 +191,8 @@ def any_float_array(name: str, value: Any) -> npt.NDArray[Any]:
 
 def int_array(name: str, value: Any, shape: tuple[int, ...] | None = None) -> npt.NDArray[np.int64]:
     """``value`` as an aligned C-contiguous int64 array (bool and floats are refused)."""
+    if _device.is_array(value):
+        return _device_array(name, value, ("int64", "int32"), shape)
     array = np.asarray(value)
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected an array of integers, got {array.dtype}")
@@ -197,7 +206,7 @@ def int_array(name: str, value: Any, shape: tuple[int, ...] | None = None) -> np
 
 
 def mask(name: str, value: Any, *shapes: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    """``value`` as a C-contiguous bool array in one of ``shapes``."""
+    """``value`` as a C-contiguous bool array in one of ``shapes``, on the CPU."""
     array = np.asarray(value)
     if array.dtype != np.bool_:
         raise TypeError(f"{name}: expected an array of bool, got {array.dtype}")
@@ -205,3 +214,15 @@ def mask(name: str, value: Any, *shapes: tuple[int, ...]) -> npt.NDArray[np.bool
         expected = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{name}: expected shape {expected}, got {array.shape}")
     return np.require(array, requirements=["C", "A"])
+
+
+def _device_array(
+    name: str, array: Any, dtypes: tuple[str, ...], shape: tuple[int, ...] | None
+) -> npt.NDArray[Any]:
+    """A ``DeviceArray`` of one of the dtypes, C-contiguous."""
+    if array.dtype not in dtypes:
+        raise TypeError(f"{name}: expected an array of {' or '.join(dtypes)}, got {array.dtype}")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    dense: npt.NDArray[Any] = array if array.contiguous else array.copy()
+    return dense

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import _check, _core, _init, _tape
-from fastrnn._cells import Family, Network, variant_of
+from fastrnn import _check, _device, _init, _tape
+from fastrnn._cells import PRECISIONS, Family, Network, variant_of
 from fastrnn._frozen import Frozen
-from fastrnn._params import Module
+from fastrnn._params import Array, Module
 from fastrnn._tape import Tape
 
 __all__ = ["GRU", "LSTM", "RNN"]
@@ -30,7 +31,13 @@ _ARGS = """
         bidirectional: D = 2: a second set of weights reads each sequence from its end; outputs are
             concatenated, (…, 2·H).
         dtype: ``"float32"`` or ``"float64"``, of parameters, inputs, outputs and states.
-        device: ``"cpu"``.
+        device: ``"cpu"`` or ``"cuda"``, where parameters are and results are computed; ``to`` moves
+            them. On the device x, states and gradients may be arrays of PyTorch, CuPy, JAX or any
+            library with DLPack or ``__cuda_array_interface__``, which are used in place and get
+            results of their own kind; NumPy arrays are copied there and the results back.
+        precision: What products are computed in on the device: None or ``"float32"``, exactly that;
+            ``"tf32"``, ``"bfloat16"`` or ``"float16"``, less exact and several times as fast. Sums,
+            states and gradients of parameters are float32. The CPU computes in ``dtype``.
         rng: Seed or ``numpy.random.Generator`` for initial weights and dropout.
         init: ``"uniform"`` (PyTorch's), ``"identity"`` or ``"orthogonal"``; see ``fastrnn._init``.
 """
@@ -42,7 +49,7 @@ _ATTRIBUTES = """
 
     Raises:
         TypeError, ValueError: An argument has a wrong type or value; the message names it.
-        RuntimeError: ``device="cuda"``: this build has no CUDA backend.
+        RuntimeError: ``device="cuda"``, and no CUDA device can be had; the message says why.
 """
 
 
@@ -64,6 +71,7 @@ class _Recurrent(Module):
         bidirectional: bool,
         dtype: npt.DTypeLike,
         device: str,
+        precision: str | None,
         rng: int | np.random.Generator | None,
         init: str,
         forget_bias: float | None = None,
@@ -76,7 +84,11 @@ class _Recurrent(Module):
         self.dropout = _check.probability("dropout", dropout)
         self.bidirectional = _check.flag("bidirectional", bidirectional)
         self.dtype = _check.float_dtype("dtype", dtype)
-        self.device = _device(device)
+        _device.kernels(_check.choice("device", device, _device.DEVICES))
+        if precision is not None:
+            _check.choice("precision", precision, PRECISIONS)
+            if self.dtype != np.float32:
+                raise ValueError(f"precision: expected None for {self.dtype}, got {precision!r}")
         self.rng = _check.generator("rng", rng)
         self._network = Network(
             self._family,
@@ -87,6 +99,7 @@ class _Recurrent(Module):
             2 if self.bidirectional else 1,
             self.bias,
             self.dtype,
+            precision=precision,
         )
         method = _check.choice("init", init, _init.METHODS)
         if forget_bias is not None:
@@ -95,6 +108,16 @@ class _Recurrent(Module):
                 raise ValueError(f"forget_bias: expected None without biases, got {forget_bias}")
         self._allocate(self._network.shapes(), self.dtype)
         _init.initialize(self.params, method, self.hidden_size, self.rng, forget_bias)
+        self.to(device)
+
+    @property
+    def precision(self) -> str | None:
+        """What products are computed in on the device; None for ``dtype``."""
+        return self._network.precision
+
+    def _place(self, flat: Array) -> None:
+        super()._place(flat)
+        self._network = replace(self._network, device=self.device)
 
     def __call__(
         self,
@@ -200,7 +223,7 @@ class _Recurrent(Module):
         """
         if weights is not None and _check.float_dtype("weights", weights) != self.dtype:
             raise ValueError(f"weights: expected None or {self.dtype.name!r}, got {weights!r}")
-        return Frozen(self._network, self._network.pack(self.params), self.batch_first)
+        return Frozen.of(self._network, self.params, self.batch_first)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON-able values (initialisation and rng left out)."""
@@ -214,6 +237,7 @@ class _Recurrent(Module):
             "bidirectional": self.bidirectional,
             "dtype": self.dtype.name,
             "device": self.device,
+            **({} if self.precision is None else {"precision": self.precision}),
         }
 
     def __repr__(self) -> str:
@@ -248,6 +272,7 @@ class RNN(_Recurrent):
         bidirectional: bool = False,
         dtype: npt.DTypeLike = "float32",
         device: str = "cpu",
+        precision: str | None = None,
         rng: int | np.random.Generator | None = None,
         init: str = "uniform",
     ) -> None:
@@ -262,6 +287,7 @@ class RNN(_Recurrent):
             bidirectional=bidirectional,
             dtype=dtype,
             device=device,
+            precision=precision,
             rng=rng,
             init=init,
         )
@@ -299,6 +325,7 @@ class LSTM(_Recurrent):
         bidirectional: bool = False,
         dtype: npt.DTypeLike = "float32",
         device: str = "cpu",
+        precision: str | None = None,
         rng: int | np.random.Generator | None = None,
         init: str = "uniform",
         forget_bias: float | None = None,
@@ -314,6 +341,7 @@ class LSTM(_Recurrent):
             bidirectional=bidirectional,
             dtype=dtype,
             device=device,
+            precision=precision,
             rng=rng,
             init=init,
             forget_bias=forget_bias,
@@ -345,6 +373,7 @@ class GRU(_Recurrent):
         bidirectional: bool = False,
         dtype: npt.DTypeLike = "float32",
         device: str = "cpu",
+        precision: str | None = None,
         rng: int | np.random.Generator | None = None,
         init: str = "uniform",
     ) -> None:
@@ -359,6 +388,7 @@ class GRU(_Recurrent):
             bidirectional=bidirectional,
             dtype=dtype,
             device=device,
+            precision=precision,
             rng=rng,
             init=init,
         )
@@ -371,12 +401,3 @@ class GRU(_Recurrent):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as JSON-able values."""
         return {**super().config(), "reset_after": self.reset_after}
-
-
-def _device(device: str) -> str:
-    if _check.choice("device", device, ("cpu", "cuda")) == "cuda":
-        raise RuntimeError(
-            "device: expected 'cpu', got 'cuda', and this build of fastrnn has no CUDA backend "
-            f"(compiled kernels: {', '.join(_core.isas())})"
-        )
-    return device

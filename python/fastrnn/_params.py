@@ -2,7 +2,8 @@
 
 A layer's parameters are views, in order, of one 1-D array, and so are its gradients; a model of
 several layers moves ("re-homes") them into one larger array. An optimiser step is then a single
-pass over four arrays, whatever the model, and saving is a dump of the views.
+pass over four arrays, whatever the model, and saving is a dump of the views. The arrays are NumPy's
+or, for modules on a CUDA device, ``fastrnn.DeviceArray``.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any, Generic, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fastrnn import _check, _device
+
 Array = npt.NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
 StateT = TypeVar("StateT")
+ModuleT = TypeVar("ModuleT", bound="Module")
 
 __all__ = [
     "Array",
@@ -28,6 +32,7 @@ __all__ = [
     "accumulators",
     "allocate",
     "flat_view",
+    "place",
     "rebind",
     "shapes_of",
     "views",
@@ -65,7 +70,9 @@ def views(flat: Array, shapes: Shapes) -> dict[str, Array]:
     return out
 
 
-def allocate(shapes: Shapes, dtype: npt.DTypeLike) -> tuple[Array, dict[str, Array]]:
+def allocate(
+    shapes: Shapes, dtype: npt.DTypeLike, device: str = "cpu"
+) -> tuple[Array, dict[str, Array]]:
     """One zeroed 1-D buffer for all ``shapes`` in order, and the views of it by name.
 
     Raises:
@@ -74,7 +81,7 @@ def allocate(shapes: Shapes, dtype: npt.DTypeLike) -> tuple[Array, dict[str, Arr
     size, dtype = sum(_count(shape) for shape in shapes.values()), np.dtype(dtype)
     if size * dtype.itemsize > sys.maxsize:  # NumPy would speak of a dimension, with ValueError
         raise MemoryError(f"parameters: expected at most {sys.maxsize} bytes, got {size} × {dtype}")
-    flat = np.zeros(size, dtype)
+    flat: Array = _device.zeros(size, dtype, device)
     return flat, views(flat, shapes)
 
 
@@ -93,6 +100,9 @@ def flat_view(arrays: Mapping[str, Array]) -> Array | None:
     items = list(arrays.values())
     if not items:
         return None
+    if any(map(_device.is_array, items)):
+        on_device: Array | None = _device.joined(items)
+        return on_device
     dtype = items[0].dtype
     owner = _owner(items[0])
     expected = start = _address(items[0])
@@ -117,39 +127,48 @@ def flat_view(arrays: Mapping[str, Array]) -> Array | None:
     return owner.reshape(-1)[offset : offset + size]
 
 
-def rebind(params: dict[str, Array], flat: Array) -> None:
-    """Copies ``params``, in order, into ``flat`` and makes each entry its view of ``flat``."""
-    new = views(flat, shapes_of(params))
-    for name, view in new.items():
-        view[...] = params[name]
+def place(params: dict[str, Array], flat: Array) -> None:
+    """Makes each of ``params``, in order, its view of ``flat``, whatever values that has."""
+    for name, view in views(flat, shapes_of(params)).items():
         dict.__setitem__(params, name, view)
 
 
-def accumulators(shapes: Shapes, dtype: np.dtype[Any], into: Any) -> dict[str, Array]:
+def rebind(params: dict[str, Array], flat: Array) -> None:
+    """Copies ``params``, in order, into ``flat`` and makes each entry its view of ``flat``."""
+    old = dict(params)
+    place(params, flat)
+    for name, array in old.items():
+        params[name][...] = array
+
+
+def accumulators(
+    shapes: Shapes, dtype: np.dtype[Any], into: Any, device: str = "cpu"
+) -> dict[str, Array]:
     """Where a backward pass adds its gradients: ``into``, once found fit, or new zeros.
 
     Raises:
-        TypeError: ``into`` is not a dict of arrays of ``dtype``.
+        TypeError: ``into`` is not a dict of arrays of ``dtype`` on ``device``.
         ValueError: a name is missing or unknown, a shape differs, or an array cannot be written in
             place.
     """
     if into is None:
-        return allocate(shapes, dtype)[1]
+        return allocate(shapes, dtype, device)[1]
     if not isinstance(into, dict):
         raise TypeError(f"into: expected a dict of arrays, got {type(into).__name__}")
     _same_names("into", shapes, into)
     for name, shape in shapes.items():
         array = into[name]
-        if not isinstance(array, np.ndarray) or array.dtype != dtype:
-            got = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-            raise TypeError(f"into[{name!r}]: expected an array of {dtype}, got {got}")
+        ours = isinstance(array, np.ndarray) if device == "cpu" else _device.is_array(array)
+        if not ours or array.dtype != dtype:
+            got = array.dtype if ours else type(array).__name__
+            kind = "an array" if device == "cpu" else "a DeviceArray"
+            raise TypeError(f"into[{name!r}]: expected {kind} of {dtype}, got {got}")
         if array.shape != tuple(shape):
             raise ValueError(f"into[{name!r}]: expected shape {tuple(shape)}, got {array.shape}")
-        flags = array.flags
-        if not (flags.writeable and flags.c_contiguous and flags.aligned):
+        if _device.read_only(array) or not _device.in_place(array):
             raise ValueError(
                 f"into[{name!r}]: expected a writable C-contiguous array, got one that is "
-                + ("read-only" if not flags.writeable else "strided or misaligned")
+                + ("read-only" if _device.read_only(array) else "strided or misaligned")
             )
     arrays: dict[str, Array] = into
     return arrays
@@ -166,12 +185,12 @@ class Params(dict[str, Array]):
         if name not in self:
             raise KeyError(f"params: expected one of {list(self)}, got {name!r}")
         target = self[name]
-        source = np.asarray(value)
+        source: Any = value if _device.is_array(value) else np.asarray(value)
         if source is target:  # what `params[name] *= 2` ends with
             return
         if source.shape != target.shape:
             raise ValueError(f"params[{name!r}]: expected shape {target.shape}, got {source.shape}")
-        np.copyto(target, source, casting="same_kind")
+        _device.assign(f"params[{name!r}]", target, source)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
@@ -201,6 +220,35 @@ class Module:
     params: Params
     flat: Array
 
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``: where the parameters are, and results are computed."""
+        return _device.device_of(self.flat)
+
+    def to(self: ModuleT, device: str) -> ModuleT:
+        """Moves the parameters to ``"cpu"`` or ``"cuda"``, in place, and returns the module.
+
+        Gradients, tapes and optimisers stay as they are; an optimiser's moments follow at its next
+        step.
+
+        Raises:
+            RuntimeError: There is no CUDA device to be had; the message says why.
+            TypeError, ValueError: Another device; or the module is part of a Sequential, which
+                moves as a whole.
+        """
+        name = _check.choice("device", device, _device.DEVICES)
+        _device.kernels(name)
+        if name != self.device:
+            if _device.is_view(self.flat):
+                raise ValueError("to: expected a module of its own, got a part of a Sequential")
+            self._place(_device.move(self.flat, name))
+        return self
+
+    def _place(self, flat: Array) -> None:
+        """Lets the parameters be views of ``flat``, which has their values."""
+        place(self.params, flat)
+        self.flat = flat
+
     def _allocate(self, shapes: Shapes, dtype: npt.DTypeLike) -> None:
         """Gives the module zeroed parameters."""
         flat, params = allocate(shapes, dtype)
@@ -208,7 +256,7 @@ class Module:
 
     def _bind(self, flat: Array) -> None:
         """Moves the parameters, values included, into ``flat`` (1-D, this dtype and size)."""
-        if flat.ndim != 1 or flat.dtype != self.flat.dtype or not flat.flags.c_contiguous:
+        if flat.ndim != 1 or flat.dtype != self.flat.dtype or not _device.contiguous(flat):
             raise ValueError(
                 f"flat: expected 1-D {self.flat.dtype}, got {flat.ndim}-D {flat.dtype}"
             )
@@ -220,8 +268,8 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no config()")
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters by name."""
-        return {name: array.copy() for name, array in self.params.items()}
+        """Copies of the parameters by name, on the CPU."""
+        return {name: _device.move(array, "cpu") for name, array in self.params.items()}
 
     def load_state_dict(self, state: Mapping[str, npt.ArrayLike]) -> None:
         """Copies ``state``'s arrays into the parameters; all of them or, on an error, none.

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastrnn import _device
 from fastrnn._params import Array
 
-__all__ = ["Form", "Ragged", "split"]
+__all__ = ["Form", "Ragged", "is_batch", "sample", "split", "values_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Ragged:
                 raise TypeError(f"x[{i}]: expected an array of {first.dtype}, got {a.dtype}")
         offsets = np.zeros(len(sequences) + 1, np.int64)
         np.cumsum([len(a) for a in sequences], out=offsets[1:])
-        return cls(np.concatenate(sequences), offsets)
+        return cls(_device.join(sequences), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -68,36 +69,63 @@ class Ragged:
 Form = Callable[[Array], Any]  # puts an array of all steps into the form of the input
 
 
-def _same(array: Array) -> Array:
-    return array
+def _is_list(x: Any) -> bool:
+    """Whether ``x`` is a list of sequences."""
+    return (
+        isinstance(x, (list, tuple))
+        and len(x) > 0
+        and all(isinstance(a, np.ndarray) or _device.on_device(a) for a in x)
+    )
 
 
-def split(x: Any) -> tuple[npt.ArrayLike, Array | None, Form]:
+def is_batch(x: Any) -> bool:
+    """Whether ``x`` is a batch without padding, in either form."""
+    return isinstance(x, Ragged) or _is_list(x)
+
+
+def sample(x: Any) -> Any:
+    """One of the arrays of an input, whatever its form."""
+    if isinstance(x, Ragged):
+        return x.values
+    return x[0] if _is_list(x) else x
+
+
+def split(x: Any, port: _device.Port) -> tuple[npt.ArrayLike, Array | None, Form]:
     """(array for the kernels, offsets or None, what puts results into the form of ``x``)."""
     if isinstance(x, Ragged):
         offsets = np.array(x.offsets)  # the results keep it
-        return x.values, offsets, lambda values: Ragged(values, offsets)
-    if isinstance(x, (list, tuple)) and x and all(isinstance(a, np.ndarray) for a in x):
-        joined = Ragged.of(x)
-        return joined.values, joined.offsets, lambda v: Ragged(v, joined.offsets).split()
-    return x, None, _same
+        values = port.take("x", x.values)
+        return values, offsets, lambda y: Ragged(port.give(y), offsets)
+    if _is_list(x):
+        joined = _join("x", x, port)
+        return joined.values, joined.offsets, lambda y: Ragged(port.give(y), joined.offsets).split()
+    return port.take("x", x), None, port.give
 
 
-def values_of(name: str, value: Any, offsets: Array | None) -> Any:
+def values_of(name: str, value: Any, offsets: Array | None, port: _device.Port) -> Any:
     """The array of all steps in an argument (dy, reset) that has the form of ``x``.
 
     Raises:
         ValueError: The sequences are not those of ``x``.
     """
     if offsets is None or value is None:
-        return value
+        return port.take(name, value)
     if isinstance(value, (list, tuple)):
-        value = Ragged.of(value)
+        value = _join(name, value, port)
     if isinstance(value, Ragged):
         if not np.array_equal(value.offsets, offsets):
             raise ValueError(
                 f"{name}: expected sequences of lengths {np.diff(offsets).tolist()}, "
                 f"got {np.diff(value.offsets).tolist()}"
             )
-        return value.values
-    return value
+        value = value.values
+    return port.take(name, value)
+
+
+def _join(name: str, sequences: Any, port: _device.Port) -> Ragged:
+    """``Ragged.of``, on the device where the sequences are there."""
+    if any(map(_device.on_device, sequences)):
+        sequences = [port.take(f"{name}[{i}]", a) for i, a in enumerate(sequences)]
+        return Ragged.of(sequences)
+    joined = Ragged.of(sequences)
+    return Ragged(port.take(name, joined.values), joined.offsets)

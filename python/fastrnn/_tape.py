@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import _check, _core, _ragged, _tbptt, _vocabulary
+from fastrnn import _check, _core, _device, _ragged, _tbptt, _vocabulary
 from fastrnn._cells import Network
 from fastrnn._params import Array, Gradients, accumulators
 
@@ -29,7 +29,7 @@ class Tape:
         dropout_key: The key of the dropout masks between layers, or None without dropout.
     """
 
-    __slots__ = ("_compacted", "_form", "_network", "_offsets", "_tape", "dropout_key")
+    __slots__ = ("_compacted", "_form", "_network", "_offsets", "_port", "_tape", "dropout_key")
 
     def __init__(
         self,
@@ -38,12 +38,14 @@ class Tape:
         dropout_key: int | None,
         offsets: Array | None,
         form: _ragged.Form,
+        port: _device.Port,
         compacted: tuple[Network, Array] | None,
     ) -> None:
         self._network = network
         self._tape = tape
         self._offsets = offsets  # of a ragged batch
         self._form = form  # the form of x
+        self._port = port
         self._compacted = compacted  # of a large vocabulary: what ran, over which tokens
         self.dropout_key = dropout_key
 
@@ -86,16 +88,19 @@ class Tape:
         """
         if self._tape.consumed:
             raise RuntimeError("tape: expected one that was not used yet; backward uses it up")
-        grads = accumulators(self._network.shapes(), self._network.dtype, into)
-        dy = _ragged.values_of("dy", dy, self._offsets)
+        network, port = self._network, self._port
+        grads = accumulators(network.shapes(), network.dtype, into, network.device)
+        dy = _ragged.values_of("dy", dy, self._offsets, port)
+        dstate = port.take_state("dstate", dstate)
         part = grads
         if self._compacted is not None:
             part = _vocabulary.parts(self._compacted[0], grads)
-        ordered = [part[name] for name in self._network.shapes()]  # ``into`` may have any order
+        ordered = [part[name] for name in network.shapes()]  # ``into`` may have any order
         dx, dinitial = self._tape.backward(dy, dstate, ordered, threads)
         if self._compacted is not None:
             _vocabulary.add_columns(grads, part, self._compacted[1], threads)
-        return Gradients(None if dx is None else self._form(dx), dinitial, grads)
+        dx = None if dx is None else self._form(dx)
+        return Gradients(dx, port.give_state(dinitial), grads)
 
 
 def infer(
@@ -109,16 +114,19 @@ def infer(
     threads: int | None,
 ) -> tuple[Any, State]:
     """Inference, of every layer and function: packs the weights and runs."""
-    values, offsets, form = _ragged.split(x)
-    reset = _ragged.values_of("reset", reset, offsets)
+    port = _device.port(network.device, _ragged.sample(x))
+    values, offsets, form = _ragged.split(x, port)
+    reset = _ragged.values_of("reset", reset, offsets, port)
+    state = port.take_state("state", state)
     network, weights, values, _ = _vocabulary.compact(network, weights, values, threads)
-    packed = network.pack(weights, threads)
+    packed = network.pack(weights, threads, values)
     y, final = packed.forward(values, state, lengths, offsets, reset, batch_first, threads)
-    return form(y), final
+    return form(y), port.give_state(final)
 
 
 def infer_packed(
-    packed: _core.Packed,
+    device: str,
+    packed: Any,
     x: Any,
     state: State,
     lengths: npt.ArrayLike | None,
@@ -127,10 +135,12 @@ def infer_packed(
     threads: int | None,
 ) -> tuple[Any, State]:
     """Inference of a frozen network."""
-    values, offsets, form = _ragged.split(x)
-    reset = _ragged.values_of("reset", reset, offsets)
+    port = _device.port(device, _ragged.sample(x))
+    values, offsets, form = _ragged.split(x, port)
+    reset = _ragged.values_of("reset", reset, offsets, port)
+    state = port.take_state("state", state)
     y, final = packed.forward(values, state, lengths, offsets, reset, batch_first, threads)
-    return form(y), final
+    return form(y), port.give_state(final)
 
 
 def forward(
@@ -150,15 +160,16 @@ def forward(
 ) -> tuple[Any, State, Tape]:
     """The training forward pass of every layer and of ``functional.*_forward``."""
     every = 0 if checkpoint_every is None else _check.size("checkpoint_every", checkpoint_every)
-    values, offsets, form = _ragged.split(x)
+    port = _device.port(network.device, _ragged.sample(x))
+    values, offsets, form = _ragged.split(x, port)
     small, weights, values, columns = _vocabulary.compact(network, weights, values, threads)
-    packed = small.pack(weights, threads)
+    packed = small.pack(weights, threads, values)
     call = (
         values,
-        state,
+        port.take_state("state", state),
         lengths,
         offsets,
-        _ragged.values_of("reset", reset, offsets),
+        _ragged.values_of("reset", reset, offsets, port),
         batch_first,
         threads,
     )
@@ -168,7 +179,8 @@ def forward(
     else:
         y, final, tape = _tbptt.forward(small, packed, *call, dropout, every, tbptt)
     compacted = None if columns is None else (small, columns)
-    return form(y), final, Tape(network, tape, dropout_key, offsets, form, compacted)
+    kept = Tape(network, tape, dropout_key, offsets, form, port, compacted)
+    return form(y), port.give_state(final), kept
 
 
 def draw_key(rng: np.random.Generator) -> int:

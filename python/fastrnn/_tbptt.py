@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import _check, _core
+from fastrnn import _check, _device
 from fastrnn._cells import Network
 from fastrnn._params import Array
 
@@ -57,8 +57,8 @@ def pair(tbptt: Any) -> tuple[int, int]:
 
 def forward(
     network: Network,
-    packed: _core.Packed,
-    x: npt.ArrayLike,
+    packed: Any,
+    x: Any,
     state: State,
     lengths: npt.ArrayLike | None,
     offsets: Array | None,
@@ -69,7 +69,7 @@ def forward(
     checkpoint_every: int,
     tbptt: Any,
 ) -> tuple[Array, State, Windows]:
-    """The forward pass, and what takes the place of ``_core.Tape``; the arguments are the kernels'.
+    """The forward pass, and what takes the place of the kernels' tape; the arguments are theirs.
 
     Raises:
         TypeError, ValueError: ``tbptt`` is not a pair or does not go with the other options.
@@ -99,18 +99,19 @@ def forward(
         ends = np.array(lengths, np.int64)
     else:
         ends = np.full(y.shape[1 - time_axis] if y.ndim == 3 else 1, y.shape[time_axis])
-    own = np.array(x, order="C")
+    integers = _device.is_array(x) and x.dtype in ("int32", "int64")
     call = _Call(
         network=network,
         packed=packed,
-        x=own.astype(own.dtype.newbyteorder("="), copy=False),
-        state=_map(lambda array: None if array is None else np.array(array), state),
+        x=np.array(x) if integers else _device.copied(x),
+        state=_map(lambda array: None if array is None else _device.copied(array), state),
         offsets=None if offsets is None else np.array(offsets, np.int64),
         ends=ends,
         reset=None if reset is None else np.array(reset),
         batch_first=batch_first,
         time_axis=time_axis,
         y_shape=y.shape,
+        y_dtype=_device.dtype_of(y),
         batched=_arrays(final)[0].ndim == 3,
         k1=k1,
         k2=k2,
@@ -119,7 +120,7 @@ def forward(
 
 
 class Windows:
-    """The tape of a truncated forward pass, with the members of ``_core.Tape``."""
+    """The tape of a truncated forward pass, with the members of the kernels' tape."""
 
     __slots__ = ("_kept",)
 
@@ -142,7 +143,7 @@ class Windows:
         """Adds the parameters' gradients to ``into`` and returns (dx or None, dstate)."""
         for call in self._kept.copy():
             if dy is not None:
-                dy = _check.float_array("dy", dy, call.network.dtype, call.y_shape)
+                dy = _check.float_array("dy", dy, call.y_dtype, call.y_shape)
             dfinal = call.check(dstate, into, threads)
             try:
                 self._kept.pop()  # atomic, unlike a test and an assignment
@@ -167,8 +168,8 @@ class _Call:
     """A forward call, in private copies."""
 
     network: Network
-    packed: _core.Packed
-    x: Array
+    packed: Any
+    x: Array  # integers on the CPU, wherever the network is
     state: State
     offsets: Array | None
     ends: Array  # (B,) the steps of each row
@@ -176,6 +177,7 @@ class _Call:
     batch_first: bool
     time_axis: int
     y_shape: tuple[int, ...]
+    y_dtype: str
     batched: bool
     k1: int
     k2: int
@@ -200,7 +202,9 @@ class _Call:
         """Through all windows, in the order of time."""
         k1, k2, ends = self.k1, self.k2, self.ends
         longest = int(ends.max(initial=0))
-        dx = np.zeros(self.x.shape, self.network.dtype) if self.x.dtype.kind == "f" else None
+        dx: Any = None
+        if "float" in _device.dtype_of(self.x):
+            dx = _device.zeros(self.x.shape, self.network.dtype, self.network.device)
         dinitial = self._zeros() if dfinal is None else self._rows(dfinal, ends == 0)
         state = self.state
         for first in range(0, longest, k1):  # step of the window's losses
@@ -212,15 +216,15 @@ class _Call:
                 counts = np.where(going_on, np.minimum(ends, stop) - begin, 0)
                 window = self._window(begin, stop, counts)
                 _, final, tape = self._train(window, state, threads)
-                losses = None if dy is None else dy[window.where]
+                losses = None if dy is None else _device.picked(dy, window.where)
                 if losses is not None and begin < first:  # those before are other windows'
-                    losses = np.where(window.steps < first, losses.dtype.type(0), losses)
+                    losses = _device.masked(window.steps >= first, losses)
                 dx_here, dstate = tape.backward(losses, self._rows(dfinal, ending), into, threads)
                 if dx is not None:
-                    dx[window.where] += dx_here
+                    _device.add_at(dx, window.where, dx_here)
                 if begin == 0:
                     for total, part in zip(_arrays(dinitial), _arrays(dstate), strict=True):
-                        total += part
+                        _device.add_at(total, (), part)
             upcoming = max(0, first + 2 * k1 - k2)  # where the next window begins
             if stop < longest and upcoming > begin:
                 if final is None or upcoming < stop:
@@ -228,7 +232,7 @@ class _Call:
                     window = self._window(begin, upcoming, counts)
                     _, final = self.packed.forward(*self._arguments(window, state, threads))
                 state = final
-        return dx, dinitial
+        return None if dx is None else _device.cast(dx, self.x), dinitial
 
     def _train(self, window: _Window, state: State, threads: int | None) -> Any:
         return self.packed.forward_training(*self._arguments(window, state, threads), 0.0, 0, 0)
@@ -237,8 +241,10 @@ class _Call:
         self, window: _Window, state: State, threads: int | None
     ) -> tuple[Any, State, Any, Any, Any, bool, int | None]:
         reset = None if self.reset is None else self.reset[window.where]
-        where, offsets = window.where, window.offsets
-        return self.x[where], state, window.lengths, offsets, reset, self.batch_first, threads
+        x, offsets = _device.picked(self.x, window.where), window.offsets
+        if self.network.device == "cuda":
+            x = _device.device_array(x)
+        return x, state, window.lengths, offsets, reset, self.batch_first, threads
 
     def _window(self, begin: int, stop: int, counts: Array) -> _Window:
         """The first ``counts[b]`` of the steps ``begin``, …, ``stop`` - 1 of every row."""
@@ -256,12 +262,12 @@ class _Call:
     def _rows(self, state: State, rows: Array) -> State:
         """``state`` in the given rows, zeros in the others; None stays None."""
         mask = rows[:, None] if self.batched else rows
-        return _map(lambda array: np.where(mask, array, array.dtype.type(0)), state)
+        return _map(lambda array: _device.masked(mask, array), state)
 
     def _zeros(self) -> State:
         batch = (self.ends.size,) if self.batched else ()
         shape = (self.network.num_layers, *batch, self.network.hidden_size)
-        zeros = [np.zeros(shape, self.network.dtype) for _ in range(2)]
+        zeros = [_device.zeros(shape, self.network.dtype, self.network.device) for _ in range(2)]
         return tuple(zeros) if self.network.family == "lstm" else zeros[0]
 
 

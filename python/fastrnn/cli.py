@@ -29,6 +29,7 @@ import numpy as np
 from click.core import ParameterSource
 
 import fastrnn
+from fastrnn import _device
 from fastrnn._charlm import text
 from fastrnn._charlm.bench import table
 from fastrnn._charlm.errors import InputError
@@ -161,6 +162,13 @@ class _Number(click.FloatRange):
 )
 @click.option("--seed", type=click.IntRange(min=0), default=DEFAULTS.seed, show_default=True)
 @click.option("--threads", type=click.IntRange(1, 1024), help="[default: all cores]")
+@click.option(
+    "--device",
+    type=click.Choice(_device.DEVICES),
+    default="cpu",
+    show_default=True,
+    help="Where to train: the processor, or an NVIDIA GPU.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the run that was stopped, exactly.")
 @click.pass_context
 def train(
@@ -169,6 +177,7 @@ def train(
     files: tuple[Path, ...],
     out: Path,
     threads: int | None,
+    device: str,
     resume: bool,
     **options: Any,
 ) -> None:
@@ -176,6 +185,11 @@ def train(
 
     Ctrl-C saves; the same command with --resume goes on from there.
     """
+    try:
+        _device.kernels(device)
+    except (RuntimeError, ValueError) as error:
+        why = str(error).removeprefix("device: expected 'cpu', got 'cuda', and ")
+        raise InputError(f"--device {device}: {why}") from None
     outputs = Outputs.beside(out, files)
     content = text.read_files(files) if files else text.python_topics()
     corpus = text.Corpus.of(content)
@@ -185,10 +199,10 @@ def train(
             for name, value in options.items()
             if context.get_parameter_source(name) is not ParameterSource.DEFAULT
         }
-        trainer = Trainer.restore(outputs.state, corpus, given, threads)
+        trainer = Trainer.restore(outputs.state, corpus, given, threads, device)
     else:
         options["learning_rate"] = options["learning_rate"] or LEARNING_RATES[options["cell"]]
-        trainer = Trainer(Settings(**options), corpus, threads)
+        trainer = Trainer(Settings(**options), corpus, threads, device)
     settings = trainer.settings
 
     console = rich.console.Console(soft_wrap=True)

@@ -6,6 +6,9 @@ array, with the same bits.
 
 Clipping in ``step``: first the global norm (Pascanu et al. 2013), then each value. A clipped step
 whose gradient norm is NaN or infinite raises FloatingPointError before anything is changed.
+
+For parameters on a CUDA device moments and steps are there, too, with the same bits. Gradients must
+be on the device of the parameters.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import _check, _core
-from fastrnn._params import Array, Gradients, Module, allocate, flat_view, shapes_of
+from fastrnn import _check, _device
+from fastrnn._params import Array, Gradients, Module, flat_view, shapes_of, views
 
 __all__ = ["SGD", "Adam", "AdamW", "clip_by_norm", "clip_by_value", "global_norm"]
 
@@ -41,14 +44,22 @@ class _Optimizer:
         self.lr = lr
         arrays = self._params()
         self._shapes = shapes_of(arrays)
-        dtypes = {array.dtype for array in arrays.values()} or {np.dtype(np.float32)}
+        dtypes = {_device.dtype_of(array) for array in arrays.values()} or {"float32"}
         if len(dtypes) > 1:
-            raise ValueError(f"params: expected one dtype, got {sorted(map(str, dtypes))}")
+            raise ValueError(f"params: expected one dtype, got {sorted(dtypes)}")
         self._dtype = _check.float_dtype("params", dtypes.pop())
-        moments = {slot: allocate(self._shapes, self._dtype) for slot in self._slots}
-        self._flat_moments = [flat for flat, _ in moments.values()]
-        self._moments = {slot: views for slot, (_, views) in moments.items()}
+        self._device = _place_of(arrays)
+        size = sum(array.size for array in arrays.values())
+        self._bind([_device.zeros(size, self._dtype, self._device) for _ in self._slots])
         self._steps = 0
+
+    def _bind(self, flat_moments: list[Array]) -> None:
+        """Lets the moments be views of these arrays."""
+        self._flat_moments = flat_moments
+        self._moments = {
+            slot: views(flat, self._shapes)
+            for slot, flat in zip(self._slots, flat_moments, strict=True)
+        }
 
     @property
     def lr(self) -> float:
@@ -93,6 +104,7 @@ class _Optimizer:
         params = self._params()
         if shapes_of(params) != self._shapes:
             raise ValueError("params: expected the names and shapes of the start, got others")
+        self._follow(params)
         given = self._gradients(grads)
         norm, scale = None, 1.0
         if clip_norm is not None or clip_value is not None:
@@ -105,7 +117,7 @@ class _Optimizer:
             moments = [[flat] for flat in self._flat_moments]
         else:
             weights, gradients = list(params.values()), list(given.values())
-            moments = [list(views.values()) for views in self._moments.values()]
+            moments = [list(parts.values()) for parts in self._moments.values()]
         self._update(weights, gradients, moments, scale, limit, count)
         self._steps += 1
         return norm
@@ -113,11 +125,13 @@ class _Optimizer:
     def state_dict(self) -> dict[str, Array]:
         """Copies of the moments as ``"<moment>.<parameter>"``, and the count of steps, ``"step"``.
 
+        On the CPU, wherever the parameters are.
+
         Learning rate and the constructor's other arguments are not part of it.
         """
         state: dict[str, Array] = {"step": np.array(self._steps, dtype=np.int64)}
         for name, array in self._named_moments().items():
-            state[name] = array.copy()
+            state[name] = _device.move(array, "cpu")
         return state
 
     def load_state_dict(self, state: Mapping[str, npt.ArrayLike]) -> None:
@@ -168,11 +182,18 @@ class _Optimizer:
         """The parameters as they are now: a module may have been moved into a model since."""
         params = self._target.params if isinstance(self._target, Module) else self._target
         for name, array in params.items():
-            if not isinstance(array, np.ndarray):
+            if not isinstance(array, np.ndarray) and not _device.is_array(array):
                 raise TypeError(f"params[{name!r}]: expected array, got {type(array).__name__}")
-            if not (array.flags.c_contiguous and array.flags.writeable and array.flags.aligned):
+            if _device.read_only(array) or not _device.in_place(array):
                 raise ValueError(f"params[{name!r}]: expected a writable C-contiguous array")
         return params
+
+    def _follow(self, params: Mapping[str, Array]) -> None:
+        """Moves the moments to the device of the parameters, if those have moved."""
+        device = _place_of(params)
+        if device != self._device:
+            self._bind([_device.move(flat, device) for flat in self._flat_moments])
+            self._device = device
 
     def _gradients(self, grads: Any) -> dict[str, Array]:
         """``grads`` checked, in the parameters' order."""
@@ -181,16 +202,21 @@ class _Optimizer:
         problems += [f"unknown {name!r}" for name in arrays if name not in self._shapes]
         if problems:
             raise ValueError(f"grads: expected the parameters' names, got: {', '.join(problems)}")
-        return {
-            name: _check.float_array(f"grads[{name!r}]", arrays[name], self._dtype, shape)
-            for name, shape in self._shapes.items()
-        }
+        result = {}
+        for name, shape in self._shapes.items():
+            what, value = f"grads[{name!r}]", arrays[name]
+            if self._device == "cuda" and not _device.on_device(value):
+                got = type(value).__name__
+                raise TypeError(f"{what}: expected an array on the device, got {got}")
+            taken = _device.port(self._device, value).take(what, value)
+            result[name] = _check.float_array(what, taken, self._dtype, shape)
+        return result
 
     def _named_moments(self) -> dict[str, Array]:
         return {
             f"{slot}.{name}": array
-            for slot, views in self._moments.items()
-            for name, array in views.items()
+            for slot, parts in self._moments.items()
+            for name, array in parts.items()
         }
 
 
@@ -237,7 +263,7 @@ class SGD(_Optimizer):
         limit: float,
         threads: int,
     ) -> None:
-        _core.sgd_step(
+        _device.kernels(self._device).sgd_step(
             weights,
             grads,
             moments[0] if moments else [],
@@ -300,7 +326,7 @@ class Adam(_Optimizer):
         limit: float,
         threads: int,
     ) -> None:
-        _core.adam_step(
+        _device.kernels(self._device).adam_step(
             weights,
             grads,
             moments[0],
@@ -369,8 +395,7 @@ def clip_by_norm(grads: Grads, max_norm: float, *, threads: int | None = None) -
     arrays = _writable(grads)
     norm = _finite_norm(arrays, _check.threads(threads))
     if norm > limit:
-        for array in arrays.values():
-            array *= array.dtype.type(limit / norm)
+        _device.scale(list(arrays.values()), limit / norm)
     return norm
 
 
@@ -386,8 +411,19 @@ def clip_by_value(grads: Grads, limit: float, *, threads: int | None = None) -> 
     bound = _check.number("limit", limit, low=0.0, low_open=True)
     arrays = _writable(grads)
     _finite_norm(arrays, _check.threads(threads))
-    for array in arrays.values():
-        np.clip(array, -bound, bound, out=array)
+    _device.clip(list(arrays.values()), bound)
+
+
+def _place_of(arrays: Mapping[str, Any]) -> str:
+    """The device that all of the arrays are on.
+
+    Raises:
+        ValueError: Some are on another one.
+    """
+    devices = {_device.device_of(array) for array in arrays.values()} or {"cpu"}
+    if len(devices) > 1:
+        raise ValueError("expected arrays on one device, got some on the CPU and some on CUDA")
+    return devices.pop()
 
 
 def _arrays(grads: Any) -> Mapping[str, Any]:
@@ -405,7 +441,8 @@ def _float_arrays(grads: Any) -> dict[str, Array]:
         for name, array in _arrays(grads).items()
     }
     for name, array in arrays.items():
-        _check.float_array(f"grads[{name!r}]", array, next(iter(arrays.values())).dtype)
+        dtype = np.dtype(next(iter(arrays.values())).dtype)
+        _check.float_array(f"grads[{name!r}]", array, dtype)
     return arrays
 
 
@@ -413,9 +450,9 @@ def _writable(grads: Any) -> dict[str, Array]:
     """The caller's own arrays, checked, to be changed in place."""
     _float_arrays(grads)
     for name, array in grads.items():
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray) and not _device.is_array(array):
             raise TypeError(f"grads[{name!r}]: expected array, got {type(array).__name__}")
-        if not array.flags.writeable:
+        if _device.read_only(array):
             raise ValueError(f"grads[{name!r}]: expected a writable array, got a read-only one")
     return dict(grads)
 
@@ -423,15 +460,16 @@ def _writable(grads: Any) -> dict[str, Array]:
 def _norm(arrays: Mapping[str, Array], threads: int) -> float:
     """The norm of checked arrays of one dtype."""
     values = [array for array in arrays.values() if array.size]
-    total = float(_core.sum_squares(values, threads))
+    total = float(_device.kernels(_place_of(arrays)).sum_squares(values, threads))
     if 1e-280 < total < math.inf or math.isnan(total) or not values:
         return math.sqrt(total)
     # Squares have left float64's range, or there is an infinity: once more, scaled by the largest.
+    values = [np.asarray(array) for array in values]
     largest = max(float(np.abs(array).max()) for array in values)
     if largest == 0 or not math.isfinite(largest):
         return largest
     scaled = [array.astype(np.float64) / largest for array in values]
-    return largest * math.sqrt(float(_core.sum_squares(scaled, threads)))
+    return largest * math.sqrt(float(_device.kernels("cpu").sum_squares(scaled, threads)))
 
 
 def _finite_norm(arrays: Mapping[str, Array], threads: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn import _layers, nn
+from fastrnn import _device, _layers, nn
 from fastrnn._charlm.errors import InputError
 from fastrnn._charlm.text import Ids, Vocabulary
 from fastrnn.io import load, read_metadata, save
@@ -81,7 +81,8 @@ def evaluate(model: nn.Sequential, ids: Ids, threads: int | None = None) -> floa
     state, total = None, 0.0
     for start in range(0, steps, VALIDATION_WINDOW):
         part = index[start : start + VALIDATION_WINDOW]
-        logits, state = model(ids[part], state, threads=threads)
+        x = _device.move(ids[part], model.device)
+        logits, state = model(x, state, threads=threads)
         loss, _ = nn.softmax_cross_entropy(logits, ids[part + 1])
         total += loss * len(part)
     return total / steps

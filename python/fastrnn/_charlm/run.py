@@ -232,6 +232,7 @@ def _write_log(trainer: Trainer, outputs: Outputs, source: dict[str, Any]) -> No
             "python": platform.python_version(),
         },
         "machine": platform.machine(),
+        "device": trainer.model.device,
         "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "finished": trainer.done,
         "parameters": int(trainer.model.flat.size),

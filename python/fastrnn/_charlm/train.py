@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastrnn import nn, optim
+from fastrnn import _device, nn, optim
 from fastrnn._charlm.errors import InputError
 from fastrnn._charlm.model import Settings, build, evaluate
 from fastrnn._charlm.text import Corpus
@@ -61,15 +61,22 @@ class Trainer:
         settings: What to train and how.
         corpus: On what.
         threads: As everywhere in fastrnn; the results do not depend on it.
+        device: Where to train, ``"cpu"`` or ``"cuda"``; losses agree to rounding.
     """
 
-    def __init__(self, settings: Settings, corpus: Corpus, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        corpus: Corpus,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> None:
         self.settings = settings
         self.corpus = corpus
         self.threads = threads
         self.inputs, self.targets = corpus.streams(settings.batch, settings.window)
         self.rng = np.random.default_rng(settings.seed)
-        self.model = build(settings, len(corpus.vocabulary), self.rng)
+        self.model = build(settings, len(corpus.vocabulary), self.rng).to(device)
         self.optimizer = optim.Adam(self.model, lr=settings.learning_rate)
         self.state: Any = None  # (state of the recurrent layer, None, None) at the window's start
         self.progress = Progress()
@@ -118,7 +125,9 @@ class Trainer:
         start = progress.step % self.epoch_steps * T
         if start == 0:
             self.state = None
-        x, y = self.inputs[start : start + T], self.targets[start : start + T]
+        # On the device only these go in and only the loss comes out.
+        x = _device.move(self.inputs[start : start + T], self.model.device)
+        y = self.targets[start : start + T]
         logits, state, tape = self.model.forward(x, self.state, threads=self.threads)
         loss, dlogits = nn.softmax_cross_entropy(logits, y)
         gradients = tape.backward(dlogits)
@@ -156,11 +165,11 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Writes everything the rest of the run depends on, atomically."""
-        tensors = {f"model.{name}": array for name, array in self.model.params.items()}
+        tensors = {f"model.{name}": array for name, array in self.model.state_dict().items()}
         for name, value in self.optimizer.state_dict().items():
             tensors[f"optimizer.{name}"] = np.asarray(value)
         for index, array in enumerate(_flatten(self.state)):
-            tensors[f"state.{index}"] = array
+            tensors[f"state.{index}"] = _device.move(array, "cpu")
         notes = {
             "format": 1,
             "settings": dataclasses.asdict(self.settings),
@@ -172,7 +181,12 @@ class Trainer:
 
     @classmethod
     def restore(
-        cls, path: Path, corpus: Corpus, changes: dict[str, Any], threads: int | None = None
+        cls,
+        path: Path,
+        corpus: Corpus,
+        changes: dict[str, Any],
+        threads: int | None = None,
+        device: str = "cpu",
     ) -> Trainer:
         """The run that ``save`` wrote.
 
@@ -181,6 +195,7 @@ class Trainer:
             corpus: The same text again.
             changes: Settings given anew; only ``epochs`` may differ from the saved ones.
             threads: As in the constructor.
+            device: As in the constructor; it may be another one than the run began on.
 
         Raises:
             InputError: there is nothing to go on with, or text or settings are not those of the
@@ -214,7 +229,7 @@ class Trainer:
                 )
         try:
             settings = dataclasses.replace(settings, epochs=changes.get("epochs", settings.epochs))
-            trainer = cls(settings, corpus, threads)
+            trainer = cls(settings, corpus, threads, device)
             trainer._restore(tensors, notes)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(
@@ -235,6 +250,7 @@ class Trainer:
         flat = part("state.")
         if flat:
             parts = [flat[str(index)] for index in range(len(flat))]
+            parts = [_device.move(array, self.model.device) for array in parts]
             recurrent = tuple(parts) if len(parts) > 1 else parts[0]
             self.state = (recurrent, None, None)
         self.rng.bit_generator.state = notes["rng"]

@@ -1,7 +1,7 @@
 """What the modules without state share: calls, tapes and their protocol with Sequential.
 
 A subclass says how to check its input (``_input``), compute (``_compute``), record what the
-gradient needs (``_record``) and freeze (``freeze``).
+gradient needs (``_record``) and freeze (``freeze``). All these see arrays of the module's device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn import _check
+from fastrnn import _check, _device
 from fastrnn._params import Array, Gradients, Module, Shapes, accumulators, shapes_of
 
 __all__ = ["Backward", "Once", "Stateless", "Tape"]
@@ -41,11 +41,11 @@ class Once:
 class Tape:
     """What ``forward`` saved for ``backward``: copies, so later changes do not matter."""
 
-    def __init__(
-        self, y_shape: tuple[int, ...], dtype: np.dtype[Any], shapes: Shapes, backward: Backward
-    ) -> None:
-        self._y_shape = y_shape
-        self._dtype = dtype
+    def __init__(self, y: Array, shapes: Shapes, backward: Backward, port: _device.Port) -> None:
+        self._y_shape = y.shape
+        self._dtype: np.dtype[Any] = np.dtype(y.dtype)
+        self._device = _device.device_of(y)
+        self._port = port
         self._shapes = shapes
         self._run: Backward | None = backward
         self._once = Once()
@@ -65,13 +65,13 @@ class Tape:
             ValueError: ``dy`` or ``into`` has the wrong shape or names.
             RuntimeError: this tape was used before.
         """
-        dy = _check.float_array("dy", dy, self._dtype, self._y_shape)
-        params = accumulators(self._shapes, self._dtype, into)
+        dy = _check.float_array("dy", self._port.take("dy", dy), self._dtype, self._y_shape)
+        params = accumulators(self._shapes, self._dtype, into, self._device)
         count = _check.threads(threads)
         self._once.take()
         run, self._run = self._run, None  # what it holds is freed with this call
         assert run is not None
-        return Gradients(run(dy, params, count), None, params)
+        return Gradients(self._port.give(run(dy, params, count)), None, params)
 
 
 class Stateless(Module, ABC):
@@ -84,7 +84,10 @@ class Stateless(Module, ABC):
             x: The input; see the class.
             threads: Threads to use; None is the default. The results do not depend on it.
         """
-        return self._compute(self._input(x), _check.threads(threads))
+        port = _device.port(self.device, x)
+        array = self._input(port.take("x", x))
+        y: Array = port.give(self._compute(array, _check.threads(threads)))
+        return y
 
     def forward(self, x: Any, *, threads: int | None = None) -> tuple[Array, Tape]:
         """Training: the output and a tape with ``backward(dy, *, into=None, threads=None)``.
@@ -97,9 +100,10 @@ class Stateless(Module, ABC):
 
     def _forward(self, x: Any, *, threads: int | None, owned: bool) -> tuple[Array, Tape]:
         """``forward``; ``owned`` promises that nobody else will write to ``x``."""
-        array = self._input(x)
+        port = _device.port(self.device, x)
+        array = self._input(port.take("x", x))
         y, backward = self._record(array, _check.threads(threads), owned)
-        return y, Tape(y.shape, y.dtype, shapes_of(self.params), backward)
+        return port.give(y), Tape(y, shapes_of(self.params), backward, port)
 
     @abstractmethod
     def _input(self, x: Any) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn import _check, _core
+from fastrnn import _check, _device
 from fastrnn._params import Array
 from fastrnn.nn._stateless import Backward, Stateless
 
@@ -56,11 +56,13 @@ class Dropout(Stateless):
         if p == 0:
             return x.copy(), lambda dy, _into, _threads: dy.copy()
         key = int(self.rng.integers(2**64, dtype=np.uint64))
+        kernels = _device.kernels(_device.device_of(x))
 
         def backward(dy: Array, _into: dict[str, Array], threads: int) -> Array:
-            return np.asarray(_core.dropout(dy, p, key, threads))
+            dx: Array = kernels.dropout(dy, p, key, threads)
+            return dx
 
-        return np.asarray(_core.dropout(x, p, key, threads)), backward
+        return kernels.dropout(x, p, key, threads), backward
 
 
 class FrozenDropout:

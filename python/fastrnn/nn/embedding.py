@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from fastrnn import _check, _core
+from fastrnn import _check, _device
 from fastrnn._params import Array
 from fastrnn.nn._stateless import Backward, Stateless
 
@@ -70,7 +68,8 @@ class Embedding(Stateless):
         def backward(dy: Array, into: dict[str, Array], threads: int) -> None:
             weight = into["weight"]
             rows = dy.reshape(-1, weight.shape[1])
-            _core.embedding_backward(saved.reshape(-1), rows, weight, threads)
+            kernels = _device.kernels(_device.device_of(weight))
+            kernels.embedding_backward(saved.reshape(-1), rows, weight, threads)
 
         return _lookup(self.params["weight"], saved, threads), backward
 
@@ -79,17 +78,25 @@ class FrozenEmbedding:
     """``Embedding`` for inference: immutable, picklable, to be shared by threads."""
 
     def __init__(self, weight: Array) -> None:
-        self._weight = weight.copy()
-        self._weight.setflags(write=False)
+        self._weight = _device.constant(weight)
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return _device.device_of(self._weight)
 
     def __call__(self, x: Any, *, threads: int | None = None) -> Array:
         """Integers (...) → (..., embedding_dim)."""
-        return _lookup(self._weight, _check.int_array("x", x), _check.threads(threads))
+        port = _device.port(self.device, x)
+        ids = _check.int_array("x", port.take("x", x))
+        y: Array = port.give(_lookup(self._weight, ids, _check.threads(threads)))
+        return y
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenEmbedding, (self._weight,)
 
 
 def _lookup(weight: Array, x: Array, threads: int) -> Array:
-    y = _core.embedding_forward(weight, x.reshape(-1), threads)
-    return np.asarray(y).reshape((*x.shape, weight.shape[1]))
+    kernels = _device.kernels(_device.device_of(weight))
+    y: Array = kernels.embedding_forward(weight, x.reshape(-1), threads)
+    return y.reshape((*x.shape, weight.shape[1]))

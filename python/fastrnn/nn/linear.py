@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn import _check, _core
+from fastrnn import _check, _device
 from fastrnn._params import Array
 from fastrnn.nn._stateless import Backward, Stateless
 
@@ -79,7 +79,7 @@ class Linear(Stateless):
         y = _affine(saved, weight, self.params.get("bias"), threads)
 
         def backward(dy: Array, into: dict[str, Array], threads: int) -> Array:
-            dx = _core.linear_backward(
+            dx: Array = _device.kernels(_device.device_of(dy)).linear_backward(
                 saved.reshape(-1, weight.shape[1]),
                 weight,
                 dy.reshape(-1, weight.shape[0]),
@@ -88,7 +88,7 @@ class Linear(Stateless):
                 True,
                 threads,
             )
-            return np.asarray(dx).reshape(saved.shape)
+            return dx.reshape(saved.shape)
 
         return y, backward
 
@@ -97,22 +97,23 @@ class FrozenLinear:
     """``Linear`` for inference: immutable, picklable, to be shared by threads."""
 
     def __init__(self, weight: Array, bias: Array | None) -> None:
-        self._weight = _constant(weight)
-        self._bias = None if bias is None else _constant(bias)
+        self._weight = _device.constant(weight)
+        self._bias = None if bias is None else _device.constant(bias)
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return _device.device_of(self._weight)
 
     def __call__(self, x: Any, *, threads: int | None = None) -> Array:
         """(..., in_features) → (..., out_features)."""
-        x = _rows("x", x, self._weight.dtype, self._weight.shape[1])
-        return _affine(x, self._weight, self._bias, _check.threads(threads))
+        port, weight = _device.port(self.device, x), self._weight
+        rows = _rows("x", port.take("x", x), np.dtype(weight.dtype), weight.shape[1])
+        y: Array = port.give(_affine(rows, weight, self._bias, _check.threads(threads)))
+        return y
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrozenLinear, (self._weight, self._bias)
-
-
-def _constant(array: Array) -> Array:
-    copy = array.copy()
-    copy.setflags(write=False)
-    return copy
 
 
 def _rows(name: str, x: Any, dtype: np.dtype[Any], features: int) -> Array:
@@ -125,5 +126,7 @@ def _rows(name: str, x: Any, dtype: np.dtype[Any], features: int) -> Array:
 
 def _affine(x: Array, weight: Array, bias: Array | None, threads: int) -> Array:
     rows = x.reshape(-1, weight.shape[1])
-    y = _core.linear_forward(rows, weight, bias, threads)
-    return np.asarray(y).reshape((*x.shape[:-1], weight.shape[0]))
+    y: Array = _device.kernels(_device.device_of(weight)).linear_forward(
+        rows, weight, bias, threads
+    )
+    return y.reshape((*x.shape[:-1], weight.shape[0]))

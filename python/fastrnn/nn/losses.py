@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn import _check, _core
+from fastrnn import _check, _device
 from fastrnn._params import Array
 
 __all__ = ["mean_squared_error", "softmax_cross_entropy"]
@@ -21,7 +21,7 @@ def softmax_cross_entropy(
     dlogits = (softmax(z) − onehot(t)) / (number of positions that count).
 
     Args:
-        logits: z (..., V), float32 or float64.
+        logits: z (..., V), float32 or float64. On a CUDA device, of any library: computed there.
         targets: t (...), integers in [0, V); where the mask is False any integer will do.
         mask: (...) of bool: True where a position counts. None: all count. If none does, loss and
             gradient are 0.
@@ -37,22 +37,27 @@ def softmax_cross_entropy(
         TypeError: ``logits`` is no float32 or float64, ``targets`` no integer, ``mask`` no bool.
         ValueError: shapes that do not fit, or a target out of range.
     """
-    z = _check.any_float_array("logits", logits)
+    device = "cuda" if _device.on_device(logits) else "cpu"
+    port = _device.port(device, logits)
+    z = _check.any_float_array("logits", port.take("logits", logits))
     if z.ndim < 1 or z.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., V) with V > 0, got {z.shape}")
     lead = z.shape[:-1]
     t = _check.int_array("targets", targets, lead).reshape(-1)
     keep = None if mask is None else _check.mask("mask", mask, lead).reshape(-1)
     rows = z.reshape(-1, z.shape[-1])
-    loss, dlogits = _core.softmax_cross_entropy(rows, t, keep, _check.threads(threads))
-    return float(loss), np.asarray(dlogits).reshape(z.shape)
+    loss, dlogits = _device.kernels(device).softmax_cross_entropy(
+        rows, t, keep, _check.threads(threads)
+    )
+    return float(loss), port.give(dlogits.reshape(z.shape))
 
 
 def mean_squared_error(pred: Any, target: Any, mask: Any = None) -> tuple[float, Array]:
     """mean((pred − target)²) and its gradient 2 (pred − target) / (number of elements).
 
     Args:
-        pred: Predictions of any shape, float32 or float64.
+        pred: Predictions of any shape, float32 or float64. On a CUDA device, of any library:
+            computed there.
         target: Of the same shape and dtype.
         mask: Bool, of the shape of ``pred``, or of all its axes but the last: True where elements
             count. None: all count. If none does, loss and gradient are 0.
@@ -65,15 +70,22 @@ def mean_squared_error(pred: Any, target: Any, mask: Any = None) -> tuple[float,
         TypeError: dtypes that differ or are no float32 or float64; ``mask`` is no bool.
         ValueError: shapes that do not fit.
     """
-    p = _check.any_float_array("pred", pred)
-    t = _check.float_array("target", target, p.dtype, p.shape)
-    if mask is None:
-        difference, count = p - t, p.size
-    else:
+    device = "cuda" if _device.on_device(pred) else "cpu"
+    port = _device.port(device, pred)
+    p = _check.any_float_array("pred", port.take("pred", pred))
+    t = _check.float_array("target", port.take("target", target), np.dtype(p.dtype), p.shape)
+    keep = None
+    if mask is not None:
         shapes = (p.shape, p.shape[:-1]) if p.ndim else (p.shape,)
         keep = _check.mask("mask", mask, *shapes)
         if keep.ndim < p.ndim:
             keep = np.broadcast_to(keep[..., None], p.shape)
+    if device == "cuda":
+        loss, dpred = _device.kernels(device).mean_squared_error(p, t, keep)
+        return float(loss), port.give(dpred)
+    if keep is None:
+        difference, count = p - t, p.size
+    else:
         difference, count = np.zeros_like(p), int(np.count_nonzero(keep))
         np.subtract(p, t, out=difference, where=keep)
     count = max(count, 1)

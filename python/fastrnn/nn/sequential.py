@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from fastrnn import _check
+from fastrnn import _check, _device, _ragged
+from fastrnn._frozen import Exclusive
 from fastrnn._params import (
     Array,
     Gradients,
     Module,
     Params,
-    Shapes,
     accumulators,
     allocate,
     shapes_of,
@@ -38,9 +38,12 @@ class Sequential(Module):
     each remains a live view of them. The state is a tuple with one entry per module, None for those
     without state.
 
+    ``to("cuda")`` moves the whole model. Between its modules everything stays on the device; the
+    results of a call come back as the input came: NumPy arrays for a NumPy array.
+
     Args:
-        *modules: At least one, none of them twice or in another Sequential; of one dtype, and the
-            recurrent ones of one ``batch_first``.
+        *modules: At least one, none of them twice or in another Sequential; of one dtype and on one
+            device, and the recurrent ones of one ``batch_first``.
 
     Raises:
         TypeError: a module is none.
@@ -56,8 +59,9 @@ class Sequential(Module):
                 raise TypeError(f"modules[{i}]: expected a layer or stateless module, got {got}")
             if any(module is other for other in modules[:i]):
                 raise ValueError(f"modules[{i}]: expected each module once, got one again")
-            if module.flat.base is not None:
+            if _device.is_view(module.flat):
                 raise ValueError(f"modules[{i}]: expected a free module, got one in a Sequential")
+        _common(modules, "device")
         _common(modules, "dtype")
         _common(modules, "batch_first")
         _check_chain(modules)
@@ -68,7 +72,7 @@ class Sequential(Module):
     @property
     def dtype(self) -> np.dtype[Any]:
         """The parameters' dtype."""
-        return self.flat.dtype
+        return np.dtype(self.flat.dtype)
 
     def config(self) -> dict[str, Any]:
         """``{"modules": [{"class": name, **its config}, …]}``."""
@@ -92,7 +96,7 @@ class Sequential(Module):
             reset: For every recurrent layer; see ``fastrnn.LSTM``.
             threads: Threads to use; None is the default. The results do not depend on it.
         """
-        return _apply(self.modules, self._recurrent, x, state, lengths, reset, threads)
+        return _apply(self.device, self.modules, self._recurrent, x, state, lengths, reset, threads)
 
     def forward(
         self,
@@ -104,7 +108,7 @@ class Sequential(Module):
         threads: int | None = None,
     ) -> tuple[Array, State, SequentialTape]:
         """Training: (y, state, tape). Arguments as for a call."""
-        states = _states(self._recurrent, state)
+        port, x, states = _enter(self.device, self._recurrent, x, state)
         out: list[Any] = []
         tapes: list[Any] = []
         for i, module in enumerate(self.modules):
@@ -118,12 +122,13 @@ class Sequential(Module):
                 x, tape = module._forward(x, threads=threads, owned=i > 0)
             out.append(new)
             tapes.append(tape)
-        saved = SequentialTape(tapes, self._recurrent, x, tuple(out), shapes_of(self.params))
-        return x, tuple(out), saved
+        saved = SequentialTape(tapes, self._recurrent, x, tuple(out), self, port)
+        return port.give(x), port.give_state(tuple(out)), saved
 
     def freeze(self) -> FrozenSequential:
         """An immutable, picklable copy for inference, to be shared by threads."""
-        return FrozenSequential([module.freeze() for module in self.modules], self._recurrent)
+        frozen = [module.freeze() for module in self.modules]
+        return FrozenSequential(frozen, self._recurrent, self.device)
 
     def _gather(self) -> None:
         """Moves the modules' parameters into one new buffer."""
@@ -133,7 +138,8 @@ class Sequential(Module):
             for i, module in enumerate(self.modules)
             for name, array in module.params.items()
         }
-        flat, params = allocate(shapes, dtypes[0] if dtypes else np.float32)
+        dtype = np.dtype(dtypes[0] if dtypes else np.float32)
+        flat, params = allocate(shapes, dtype, self.modules[0].device)
         self.flat, self.params = flat, Params(params)
         self._bind_modules(flat)
 
@@ -147,6 +153,14 @@ class Sequential(Module):
         for module in self.modules:
             stop = start + module.flat.size
             module._bind(flat[start:stop])
+            start = stop
+
+    def _place(self, flat: Array) -> None:
+        super()._place(flat)
+        start = 0
+        for module in self.modules:
+            stop = start + module.flat.size
+            module._place(flat[start:stop])
             start = stop
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,14 +179,23 @@ class SequentialTape:
     """What ``forward`` saved for ``backward``."""
 
     def __init__(
-        self, tapes: list[Any], recurrent: Sequence[bool], y: Array, state: State, shapes: Shapes
+        self,
+        tapes: list[Any],
+        recurrent: Sequence[bool],
+        y: Array,
+        state: State,
+        model: Sequential,
+        port: _device.Port,
     ) -> None:
         self._tapes: list[Any] | None = tapes
         self._recurrent = recurrent
-        self._dtype = y.dtype
+        self._dtype = model.dtype
+        self._device = model.device
+        self._port = port
         self._y_shape = y.shape
+        self._y_dtype = _device.dtype_of(y)
         self._state_shapes = [_shape_tree(entry) for entry in state]
-        self._shapes = shapes
+        self._shapes = shapes_of(model.params)
         self._once = Once()
 
     def backward(
@@ -197,11 +220,11 @@ class SequentialTape:
             RuntimeError: this tape was used before.
         """
         if dy is not None:
-            dy = _check.float_array("dy", dy, self._dtype, self._y_shape)
+            dy = _check.float_array("dy", self._port.take("dy", dy), self._y_dtype, self._y_shape)
         elif dstate is None or not any(self._recurrent):
             raise TypeError("dy: expected an array, got None, which needs a dstate")
         dstates = self._check_dstate(dstate)
-        params = accumulators(self._shapes, self._dtype, into)
+        params = accumulators(self._shapes, self._dtype, into, self._device)
         _check.threads(threads)
         self._once.take()
         tapes, self._tapes = self._tapes, None
@@ -223,25 +246,34 @@ class SequentialTape:
             else:
                 continue
             dy = g.x
-        return Gradients(dy, tuple(states), params)
+        return Gradients(self._port.give(dy), self._port.give_state(tuple(states)), params)
 
     def _check_dstate(self, dstate: State | None) -> Sequence[Any]:
         """``dstate`` checked, before anything is written."""
         if dstate is None:
             return [None] * len(self._recurrent)
         _check_entries("dstate", dstate, self._recurrent)
+        taken = [self._port.take_state(f"dstate[{i}]", part) for i, part in enumerate(dstate)]
         for i, shapes in enumerate(self._state_shapes):
-            if dstate[i] is not None:
-                _check_tree(f"dstate[{i}]", dstate[i], shapes, self._dtype)
-        return dstate
+            if taken[i] is not None:
+                _check_tree(f"dstate[{i}]", taken[i], shapes, self._dtype)
+        return taken
 
 
 class FrozenSequential:
     """A Sequential for inference: immutable, picklable, to be shared by threads."""
 
-    def __init__(self, modules: Sequence[Any], recurrent: Sequence[bool]) -> None:
+    def __init__(
+        self, modules: Sequence[Any], recurrent: Sequence[bool], device: str = "cpu"
+    ) -> None:
         self._modules = tuple(modules)
         self._recurrent = tuple(recurrent)
+        self._device = device
+
+    @property
+    def device(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self._device
 
     def __call__(
         self,
@@ -253,7 +285,8 @@ class FrozenSequential:
         threads: int | None = None,
     ) -> tuple[Array, State]:
         """(y, state), as the Sequential it was made of."""
-        return _apply(self._modules, self._recurrent, x, state, lengths, reset, threads)
+        parts = self._modules, self._recurrent
+        return _apply(self._device, *parts, x, state, lengths, reset, threads)
 
     def stream(self, batch_size: int = 1) -> SequentialStream:
         """``batch_size`` sequences side by side, a step at a time, from the zero state."""
@@ -265,20 +298,24 @@ class FrozenSequential:
             ],
             self._recurrent,
             size,
+            self._device,
         )
 
 
 class SequentialStream:
     """Steps of a frozen Sequential. One thread at a time; a second one gets a RuntimeError."""
 
-    def __init__(self, modules: Sequence[Any], recurrent: Sequence[bool], batch_size: int) -> None:
+    def __init__(
+        self, modules: Sequence[Any], recurrent: Sequence[bool], batch_size: int, device: str
+    ) -> None:
         self._modules = modules
         self._recurrent = recurrent
         self._batch_size = batch_size
+        self._device = device
         self._lock = threading.Lock()
-        self._y_like: Array | None = None  # shape and dtype of y_t, known after the first step
+        self._y_like: Any = None  # shape and dtype of y_t, known after the first step
 
-    def step(self, x_t: Any, out: Array | None = None) -> Array:
+    def step(self, x_t: Any, out: Any = None) -> Any:
         """The next step.
 
         Args:
@@ -292,16 +329,18 @@ class SequentialStream:
             TypeError, ValueError: an argument does not fit; the state is as it was.
             RuntimeError: another thread is in a step.
         """
-        x = np.asarray(x_t)
+        port = _device.port(self._device, x_t)
+        x: Any = port.take("x_t", x_t)
+        x = x if _device.is_array(x) else np.asarray(x)
         if x.ndim not in (1, 2) or x.shape[0] != self._batch_size:
             B = self._batch_size
             raise ValueError(f"x_t: expected shape ({B}, features) or ({B},), got {x.shape}")
         if out is not None:
-            if not isinstance(out, np.ndarray):
+            if not (isinstance(out, np.ndarray) or _device.is_array(out)):
                 raise TypeError(f"out: expected an array, got {type(out).__name__}")
-            if not out.flags.writeable:
+            if _device.read_only(out):
                 raise ValueError("out: expected a writable array, got a read-only one")
-            if np.may_share_memory(out, x):
+            if self._device == "cpu" and np.may_share_memory(out, x):
                 raise ValueError("out: expected memory of its own, got an overlap with x_t")
         with self._alone():
             if out is not None and self._y_like is not None:
@@ -315,9 +354,9 @@ class SequentialStream:
                 except (TypeError, ValueError):
                     self._restore(before)
                     raise
-            self._y_like = np.broadcast_to(x.dtype.type(0), x.shape)
+            self._y_like = np.broadcast_to(np.zeros((), x.dtype), x.shape)
             if out is None:
-                return x
+                return port.give(x)
             out[...] = x
             return out
 
@@ -356,22 +395,8 @@ class SequentialStream:
             if recurrent:
                 module.state = entry
 
-    def _alone(self) -> _Exclusive:
-        return _Exclusive(self._lock)
-
-
-class _Exclusive:
-    """Holds a lock that must be free."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("stream: expected one thread at a time, got a second one")
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    def _alone(self) -> Exclusive:
+        return Exclusive(self._lock)
 
 
 def _common(modules: Sequence[Any], attribute: str) -> None:
@@ -411,6 +436,7 @@ def _recurrent(modules: Sequence[Any]) -> tuple[bool, ...]:
 
 
 def _apply(
+    device: str,
     modules: Sequence[Any],
     recurrent: Sequence[bool],
     x: Any,
@@ -420,7 +446,7 @@ def _apply(
     threads: int | None,
 ) -> tuple[Array, State]:
     """The inference of a Sequential, frozen or not."""
-    states = _states(recurrent, state)
+    port, x, states = _enter(device, recurrent, x, state)
     out: list[Any] = []
     for i, module in enumerate(modules):
         if recurrent[i]:
@@ -428,7 +454,7 @@ def _apply(
         else:
             x, new = module(x, threads=threads), None
         out.append(new)
-    return x, tuple(out)
+    return port.give(x), port.give_state(tuple(out))
 
 
 def _check_out(out: Array, y: Array) -> None:
@@ -439,12 +465,20 @@ def _check_out(out: Array, y: Array) -> None:
         raise ValueError(f"out: expected shape {y.shape}, got {out.shape}")
 
 
-def _states(recurrent: Sequence[bool], state: State | None) -> Sequence[Any]:
-    """The states to start from, by module."""
+def _enter(
+    device: str, recurrent: Sequence[bool], x: Any, state: State | None
+) -> tuple[_device.Port, Any, Sequence[Any]]:
+    """(port, input, states to start from by module): what a call begins with.
+
+    Batches without padding go through the modules' own ports, if they take them at all.
+    """
+    port = _device.port(device, None if _ragged.is_batch(x) else x)
     if state is None:
-        return [None] * len(recurrent)
-    _check_entries("state", state, recurrent)
-    return state
+        states: Sequence[Any] = [None] * len(recurrent)
+    else:
+        _check_entries("state", state, recurrent)
+        states = [port.take_state(f"state[{i}]", part) for i, part in enumerate(state)]
+    return port, x if _ragged.is_batch(x) else port.take("x", x), states
 
 
 def _check_entries(name: str, value: Any, recurrent: Sequence[bool]) -> None:
