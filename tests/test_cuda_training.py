@@ -82,6 +82,19 @@ def test_steps_have_the_cpus_bits(
 
 
 @every_optimizer
+def test_subnormals_are_zero_as_on_the_cpu(name: str, rng: np.random.Generator) -> None:
+    here = {"w": draw(rng, 4000) * np.float32(1e-30)}
+    on_device = {"w": there(here["w"])}
+    optimizers = [OPTIMIZERS[name](here), OPTIMIZERS[name](on_device)]
+    for _ in range(3):
+        exponents = rng.uniform(-44, -15, 4000)
+        grads = (np.sign(draw(rng, 4000)) * 10**exponents).astype(np.float32)
+        optimizers[0].step({"w": grads})
+        optimizers[1].step({"w": there(grads)})
+        same(on_device["w"], here["w"])
+
+
+@every_optimizer
 def test_optimisers_follow_their_module(name: str, rng: np.random.Generator) -> None:
     """Moments move with the parameters; and a state saved on one device goes on on the other."""
     modules = [nn.Linear(4, 5, rng=1) for _ in range(3)]

@@ -35,7 +35,8 @@ struct View {
 
 // Both views of a call have the same shape, and `to` has no element twice.
 
-// to = from, converted as NumPy does; from float64 to 16 bits by way of float32.
+// to = from, converted as NumPy does, but for subnormal float32, which is 0; from float64 to 16
+// bits by way of float32. Without a conversion bits stay as they are.
 void copy(Stream stream, const View& from, const View& to);
 // to = value, converted likewise.
 void fill(Stream stream, const View& to, double value);

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/fpenv.h"
 #include "cuda/emulator_fiber.h"
 #include "cuda/half.h"
 
@@ -1116,13 +1117,17 @@ namespace {
 
 using Recording = std::vector<std::function<void()>>;
 
-// What a Stream's handle points to.
-struct StreamState {
-  Recording* recording = nullptr;
+// What this thread records now, and the stream it does that on. Handles are compared and never
+// followed: other libraries may name streams by anything.
+struct NowRecording {
+  const void* handle = nullptr;
+  Recording* to = nullptr;
 };
+thread_local NowRecording now_recording;
 
 Recording* recording_of(Stream stream) {
-  return stream.handle == nullptr ? nullptr : static_cast<StreamState*>(stream.handle)->recording;
+  return stream.handle != nullptr && stream.handle == now_recording.handle ? now_recording.to
+                                                                           : nullptr;
 }
 
 void refuse_while_recording(Stream stream, const char* what) {
@@ -1165,6 +1170,7 @@ void submit(Stream stream, std::function<void()> work) {
   if (Recording* recording = recording_of(stream)) {
     recording->push_back(std::move(work));
   } else {
+    const FpEnv environment;  // subnormals are zero, as nvcc is told to make them (-ftz=true)
     work();
   }
 }
@@ -1201,9 +1207,9 @@ DeviceInfo device_info() {
 }
 
 Stream own_stream() {
-  static thread_local emulator::StreamState state;
+  static thread_local char stream;  // its address is the handle
   require_device();
-  return {&state};
+  return {&stream};
 }
 
 void synchronize(Stream stream) {
@@ -1273,9 +1279,13 @@ void fill_bytes(void* to, int byte, size_t bytes, Stream stream) {
 Graph Graph::record(const std::function<void(Stream)>& work) {
   require_device();
   auto recording = std::make_unique<emulator::Recording>();
-  emulator::StreamState state;
-  state.recording = recording.get();
-  work(Stream{&state});
+  char stream;  // its address is the handle
+  struct Restore {
+    emulator::NowRecording before = emulator::now_recording;
+    ~Restore() { emulator::now_recording = before; }
+  } restore;
+  emulator::now_recording = {&stream, recording.get()};
+  work(Stream{&stream});
   Graph graph;
   graph.handle_ = recording.release();
   return graph;

@@ -65,6 +65,7 @@ struct Sizes {
   int blocks;     // of one product
   int replicas;
   int group_rows;  // 8 or 16
+  int state_rows;  // rows of the batch, in whole groups
   int stride;      // elements of an exchanged row
   int words;       // of an exchanged row
   int pairs;       // ceil(words / 4)
@@ -125,19 +126,19 @@ struct Shared {
 
   Same* same;
   float* partials;  // [2][partial_floats]
+  float* state;     // [state_rows][units of the block]: what the cells carry, each thread its own
   Word16* weights;  // [shared_words]
-  float* state;     // [batch row, in whole groups][units of the block]: what the cell carries
 
-  FASTRNN_DEVICE FASTRNN_INLINE explicit Shared(int pairs) {
+  FASTRNN_DEVICE FASTRNN_INLINE explicit Shared(int state_floats) {
     same = shared_memory<Same>();
     partials = shared_memory<float>() + kSameBytes / sizeof(float);
-    weights = reinterpret_cast<Word16*>(partials + 2 * partial_floats<T>());
-    state = reinterpret_cast<float*>(weights + shared_words<T>(pairs));
+    state = partials + 2 * partial_floats<T>();
+    weights = reinterpret_cast<Word16*>(state + state_floats);
   }
-  static size_t bytes(int64_t pairs, int64_t rows, int units) {
-    return kSameBytes + sizeof(float) * 2 * partial_floats<T>() +
-           sizeof(Word16) * static_cast<size_t>(shared_words<T>(pairs)) +
-           sizeof(float) * static_cast<size_t>(rows * units);
+  static size_t bytes(int64_t pairs, int64_t state_floats) {
+    return kSameBytes +
+           sizeof(float) * (2 * partial_floats<T>() + static_cast<size_t>(state_floats)) +
+           sizeof(Word16) * static_cast<size_t>(shared_words<T>(pairs));
   }
 };
 
@@ -180,8 +181,11 @@ FASTRNN_DEVICE FASTRNN_INLINE Word16 gather_words(uint32_t two, int lane) {
 }
 
 // The chunk's row at which a step begins.
+FASTRNN_DEVICE FASTRNN_INLINE int in_chunk(const Sizes& s, int64_t row) {
+  return static_cast<int>(row - s.row0);
+}
 FASTRNN_DEVICE FASTRNN_INLINE int first_row(const Sizes& s, int step) {
-  return static_cast<int>(s.first[step] - s.row0);
+  return in_chunk(s, s.first[step]);
 }
 
 // Brings row j of a step into L2, if there is one. `place`: the thread's in row 0 of the chunk.
@@ -322,19 +326,20 @@ FASTRNN_DEVICE FASTRNN_INLINE ForwardGroup forward_start(const Sizes& s, int j_f
   const int active = first_row(s, 1), next = s.steps > 1 ? first_row(s, 2) - active : 0;
   return {0, 0, active, next, j_first, min_int(active - j_first, s.group_rows), j_first};
 }
-// What forward_next has to know beyond `at`, if there is such a step.
-FASTRNN_DEVICE FASTRNN_INLINE int forward_look_ahead(const Sizes& s, const ForwardGroup& at) {
-  return at.step + 2 < s.steps ? first_row(s, at.step + 3) : 0;
+// What forward_next has to know beyond `at`, if there is such a step. As it is loaded: whoever asks
+// for more waits for it.
+FASTRNN_DEVICE FASTRNN_INLINE int64_t forward_look_ahead(const Sizes& s, const ForwardGroup& at) {
+  return at.step + 2 < s.steps ? s.first[at.step + 3] : 0;
 }
 // Rows only become fewer from one step to the next: a replica that has none has ended.
-FASTRNN_DEVICE FASTRNN_INLINE ForwardGroup forward_next(const Sizes& s, int j_first, int ahead,
+FASTRNN_DEVICE FASTRNN_INLINE ForwardGroup forward_next(const Sizes& s, int j_first, int64_t ahead,
                                                         const ForwardGroup& at) {
   ForwardGroup to = at;
   to.j0 += s.replicas * s.group_rows;
   to.from += s.replicas * s.group_rows;
   if (to.j0 >= at.active) {
     const int first = at.first + at.active;
-    const int next = at.step + 2 < s.steps ? ahead - first - at.next : 0;
+    const int next = at.step + 2 < s.steps ? in_chunk(s, ahead) - first - at.next : 0;
     to = {at.step + 1, first, at.next, next, j_first, 0, at.first + j_first};
   }
   to.rows = min_int(to.active - to.j0, s.group_rows);
@@ -348,7 +353,7 @@ using ForwardShared = Shared<T, ForwardDirection<S>, ForwardGroup>;
 template <class Cell>
 struct ForwardInput {
   float gx[Cell::kGates];
-  uint32_t reset;  // as it is loaded: whoever asks for more waits for it
+  uint32_t reset;  // as it is loaded, too
 };
 template <class Cell, class S>
 FASTRNN_DEVICE FASTRNN_INLINE ForwardInput<Cell> forward_input(const ForwardRecurrence<S>& d,
@@ -374,28 +379,42 @@ FASTRNN_DEVICE FASTRNN_INLINE ForwardInput<Cell> forward_input(const ForwardRecu
   return in;
 }
 
-// The pre-activations: gate g's input in its slot, plus W_hh h unless the state was dropped.
-// `mine`: the cell's first partial sum.
+// The gates' products of the cell, if any cell of the warp is among `rows` rows. Read first thing
+// after the barrier, from an address that is known before.
 template <class Cell, class T, int kUnits>
+FASTRNN_DEVICE FASTRNN_INLINE void forward_products(const float* partial, const ThreadPlace& p,
+                                                    const CellPlace& cell, int rows,
+                                                    float (&product)[Cell::kGates]) {
+  const float* const mine = partial + cell_partial<T>(cell);
+#pragma unroll
+  for (int g = 0; g < Cell::kGates; ++g) {
+    product[g] = 0;
+    if (warp_has_cells<kUnits>(p, rows))
+      product[g] = add_partials<T>(mine + partial_rows<T>(0, 0, g * kUnits));
+  }
+}
+
+// The pre-activations: gate g's input in its slot, plus W_hh h unless the state was dropped.
+template <class Cell>
 FASTRNN_DEVICE FASTRNN_INLINE void pre_activations(const ForwardInput<Cell>& in, float q_bias,
-                                                   const float* mine, V (&slot)[Cell::kSlots]) {
+                                                   const float (&product)[Cell::kGates],
+                                                   V (&slot)[Cell::kSlots]) {
   if constexpr (carries_h<Cell>()) slot[2] = V::set(q_bias);
   for_constants<Cell::kGates>([&](auto g) { slot[Cell::kInputSlot[g]] = V::set(in.gx[g]); });
   for_constants<Cell::kGates>([&](auto g) {
-    const float product = add_partials<T>(mine + partial_rows<T>(0, 0, g * kUnits));
     V& s = slot[Cell::kStateSlot[g]];
-    s = s + V::set(in.reset != 0 ? 0.0f : product);
+    s = s + V::set(in.reset != 0 ? 0.0f : product[g]);
   });
 }
 
 // The cell, and where its results go. The warp's cells are in the group, some of them beyond its
 // last row or the last unit: they take part in gather_words only.
-template <class Cell, class S, int kUnits>
+template <class Cell, class S>
 FASTRNN_DEVICE FASTRNN_INLINE void forward_cell(const ForwardDirection<S>& d, const Sizes& s,
                                                 const ForwardGroup& at, const CellPlace& cell,
                                                 int lane, const ForwardInput<Cell>& in,
-                                                float q_bias, const float* partial, float* kept) {
-  using T = ForwardTiling<Cell, kUnits>;
+                                                float q_bias, const float (&product)[Cell::kGates],
+                                                float* kept) {
   const bool real = cell.inside && cell.row < at.rows;
   const int j = at.j0 + cell.row;
   const int64_t row = at.first + j;
@@ -413,7 +432,7 @@ FASTRNN_DEVICE FASTRNN_INLINE void forward_cell(const ForwardDirection<S>& d, co
     }
     if (in.reset != 0) carried = V::zero();
   }
-  pre_activations<Cell, T, kUnits>(in, q_bias, partial + cell_partial<T>(cell), slot);
+  pre_activations<Cell>(in, q_bias, product, slot);
   cell_forward<Cell>(s.kind, slot, h_prev, c, h);
   const uint32_t out = cuda::pack<S>(cell.inside ? h.v : 0.0f, 0.0f);
   const Word16 word = gather_words(out, lane);
@@ -443,7 +462,7 @@ FASTRNN_KERNEL void FASTRNN_LAUNCH_BOUNDS(kThreads, 1) forward_steps(ForwardLaun
   const CellPlace cell = cell_place<kUnits>(s, p);
   const LanePlace mine = lane_place(s, p);
   const int j_first = p.replica * s.group_rows;
-  const ForwardShared<T, S> shared(s.pairs);
+  const ForwardShared<T, S> shared(s.state_rows * kUnits);
   if (thread_index() == 0) {
     shared.same->direction = args.direction[block_index().y];
     shared.same->groups[0] = forward_start(s, j_first);
@@ -464,11 +483,13 @@ FASTRNN_KERNEL void FASTRNN_LAUNCH_BOUNDS(kThreads, 1) forward_steps(ForwardLaun
     multiply_rows<T>(weights, s, p, mine, at.step == 0 ? d.initial : d.exchange, at.from, at.rows,
                      partial);
     sync_threads();
+    float product[Cell::kGates];
+    forward_products<Cell, T, kUnits>(partial, p, cell, at.rows, product);
     at = shared.same->groups[buffer];
-    const int ahead = forward_look_ahead(s, at);
+    const int64_t ahead = forward_look_ahead(s, at);
     if (warp_has_cells<kUnits>(p, at.rows)) {
-      forward_cell<Cell, S, kUnits>(d, s, at, cell, p.lane, in, q_bias, partial,
-                                    shared.state + at.j0 * kUnits + thread_index());
+      forward_cell<Cell, S>(d, s, at, cell, p.lane, in, q_bias, product,
+                            shared.state + at.j0 * kUnits + thread_index());
     }
     // What follows is done while others have not sent what the next product waits for.
     buffer ^= 1;
@@ -484,7 +505,7 @@ FASTRNN_KERNEL void FASTRNN_LAUNCH_BOUNDS(kThreads, 1) forward_steps(ForwardLaun
 template <int kGates>
 struct BackwardTilingOf : Tiling<1, 4 * kGates, 4 * kGates, 4> {};
 template <>
-struct BackwardTilingOf<4> : Tiling<1, 16, 8, 4> {};
+struct BackwardTilingOf<4> : Tiling<1, 16, 16, 4> {};
 template <>
 struct BackwardTilingOf<1> : Tiling<1, 8, 4, 4> {};
 template <class Cell>
@@ -518,15 +539,15 @@ FASTRNN_DEVICE FASTRNN_INLINE BackwardGroup with_rows(const Sizes& s, BackwardGr
   return at;
 }
 // What backward_next has to know beyond `at`, if there is such a step.
-FASTRNN_DEVICE FASTRNN_INLINE int backward_look_ahead(const Sizes& s, const BackwardGroup& at) {
-  return at.step > 1 ? first_row(s, at.step - 2) : 0;
+FASTRNN_DEVICE FASTRNN_INLINE int64_t backward_look_ahead(const Sizes& s, const BackwardGroup& at) {
+  return at.step > 1 ? s.first[at.step - 2] : s.row0;
 }
-FASTRNN_DEVICE FASTRNN_INLINE BackwardGroup backward_next(const Sizes& s, int j_first, int ahead,
-                                                          const BackwardGroup& at) {
+FASTRNN_DEVICE FASTRNN_INLINE BackwardGroup backward_next(const Sizes& s, int j_first,
+                                                          int64_t ahead, const BackwardGroup& at) {
   BackwardGroup to = at;
   to.j0 += s.replicas * s.group_rows;
   if (to.j0 >= active_rows(at))
-    to = {at.step - 1, ahead, at.before, at.first, active_rows(at), j_first, 0, 0};
+    to = {at.step - 1, in_chunk(s, ahead), at.before, at.first, active_rows(at), j_first, 0, 0};
   return with_rows(s, to);
 }
 // The last step in which the replica has rows. Rows only become more from a step to the one before
@@ -574,14 +595,12 @@ FASTRNN_DEVICE FASTRNN_INLINE BackwardInput<Cell, S> backward_input(const Backwa
 template <class Cell, class S>
 FASTRNN_DEVICE FASTRNN_INLINE void arriving_gradients(const BackwardRecurrence<S>& d, int H,
                                                       const BackwardGroup& at,
-                                                      const CellPlace& cell, const float* partial,
+                                                      const CellPlace& cell, float product,
                                                       const float* kept, V& dh, V& dc) {
-  using T = BackwardTiling<Cell>;
   const int j = at.j0 + cell.row;
   if (cell.row < at.arriving) {
     const bool dropped = d.reset != nullptr && d.reset[at.after + j] != 0;
-    dh = V::set(add_partials<T>(partial + cell_partial<T>(cell)));
-    if (dropped) dh = V::zero();
+    dh = V::set(dropped ? 0.0f : product);
     if constexpr (carries_h<Cell>()) dh = dh + V::set(*kept);
     if constexpr (Cell::kHasCell) dc = V::set(*kept);
   } else {
@@ -633,7 +652,7 @@ FASTRNN_KERNEL void FASTRNN_LAUNCH_BOUNDS(kThreads, 1) backward_steps(BackwardLa
   const CellPlace cell = cell_place<kBlockUnits>(s, p);
   const LanePlace mine = lane_place(s, p);
   const int j_first = p.replica * s.group_rows;
-  const BackwardShared<T, S> shared(s.pairs);
+  const BackwardShared<T, S> shared(s.state_rows * kBlockUnits);
   if (thread_index() == 0) {
     shared.same->direction = args.direction[block_index().y];
     shared.same->groups[0] = backward_start(s, j_first);
@@ -652,13 +671,16 @@ FASTRNN_KERNEL void FASTRNN_LAUNCH_BOUNDS(kThreads, 1) backward_steps(BackwardLa
     if (at.arriving > 0)
       multiply_rows<T>(weights, s, p, mine, d.exchange, at.after + at.j0, at.arriving, partial);
     sync_threads();
+    float product = 0;  // first thing after the barrier, as in the forward pass
+    if (warp_has_cells<kBlockUnits>(p, at.arriving))
+      product = add_partials<T>(partial + cell_partial<T>(cell));
     at = shared.same->groups[buffer];
-    const int ahead = backward_look_ahead(s, at);
+    const int64_t ahead = backward_look_ahead(s, at);
     if (warp_has_cells<kBlockUnits>(p, at.rows)) {
       V dh = V::zero(), dc = V::zero();
       float* const kept = shared.state + at.j0 * kBlockUnits + thread_index();
       const bool real = cell.inside && cell.row < at.rows;
-      if (real) arriving_gradients<Cell>(d, s.H, at, cell, partial, kept, dh, dc);
+      if (real) arriving_gradients<Cell>(d, s.H, at, cell, product, kept, dh, dc);
       if (at.step >= 0) {
         backward_cell<Cell, S>(d, s, at, cell, p, in, dh, dc, kept);
       } else if (real) {
@@ -676,12 +698,12 @@ FASTRNN_KERNEL void FASTRNN_LAUNCH_BOUNDS(kThreads, 1) backward_steps(BackwardLa
 
 // --- On the host ---------------------------------------------------------------------------------
 
-// A kernel with what it takes to launch it. Rows: of the batch, in whole groups.
+// A kernel with what it takes to launch it.
 template <class L>
 struct Variant {
   void (*kernel)(L);
   int units;  // of a block
-  size_t (*shared_bytes)(int64_t pairs, int64_t rows, int units);
+  size_t (*shared_bytes)(int64_t pairs, int64_t state_floats);
 };
 
 template <class Cell, class S, int kUnits>
@@ -739,7 +761,7 @@ int64_t pairs_of(const RecurrenceShape& shape, bool backward) {
 template <class L>
 struct Spread {
   Variant<L> variant;
-  int blocks, replicas, group_rows;
+  int blocks, replicas, group_rows, state_rows;
   int together;  // directions in one launch
   size_t shared;
   std::string refusal;  // not empty: it cannot be
@@ -752,14 +774,10 @@ Spread<L> spread(const RecurrenceShape& shape, const DeviceInfo& device, bool ba
                  const Variant<L>& variant) {
   const int64_t blocks = ceil_div(shape.H, variant.units), room = device.multiprocessors;
   if (blocks > room) {
-    return {variant,
-            0,
-            0,
-            0,
-            0,
-            0,
-            std::to_string(shape.H) + " hidden units need " + std::to_string(blocks) +
-                " multiprocessors; the device has " + std::to_string(room)};
+    Spread<L> out = {};
+    out.refusal = std::to_string(shape.H) + " hidden units need " + std::to_string(blocks) +
+                  " multiprocessors; the device has " + std::to_string(room);
+    return out;
   }
   const int together = shape.directions * blocks <= room ? shape.directions : 1;
   const int64_t B = std::max<int64_t>(shape.B, 1), tiles = ceil_div(B, kTileRows);
@@ -768,10 +786,15 @@ Spread<L> spread(const RecurrenceShape& shape, const DeviceInfo& device, bool ba
   const int64_t groups = ceil_div(B, group_rows);
   replicas = std::min(replicas, groups);
   const int64_t pairs = pairs_of(shape, backward);
-  const size_t shared = variant.shared_bytes(pairs, groups * group_rows, variant.units);
-  Spread<L> out = {
-      variant, static_cast<int>(blocks), static_cast<int>(replicas), group_rows, together, shared,
-      ""};
+  const size_t shared = variant.shared_bytes(pairs, groups * group_rows * variant.units);
+  Spread<L> out = {variant,
+                   static_cast<int>(blocks),
+                   static_cast<int>(replicas),
+                   group_rows,
+                   static_cast<int>(groups) * group_rows,
+                   together,
+                   shared,
+                   ""};
   if (shared > device.shared_per_block) {
     out.refusal = std::to_string(shape.H) + " hidden units and " + std::to_string(B) +
                   " rows need " + std::to_string(shared) +
@@ -822,6 +845,7 @@ void launch_spread(const RecurrenceShape& shape, const Steps& steps, bool backwa
                 plan.blocks,
                 plan.replicas,
                 plan.group_rows,
+                plan.state_rows,
                 static_cast<int>(elements),
                 static_cast<int>(elements / kWordElements),
                 static_cast<int>(pairs_of(shape, backward))};

@@ -1,6 +1,7 @@
 // What device there is.
 #include <pybind11/pybind11.h>
 
+#include "cuda/cublaslt.h"
 #include "cuda/runtime.h"
 
 namespace py = pybind11;
@@ -24,6 +25,7 @@ py::dict info() {
   d["l2_bytes"] = i.l2_bytes;
   d["driver"] = i.driver;
   d["runtime"] = i.runtime;
+  d["cublaslt"] = cuda::cublaslt::description();
   return d;
 }
 

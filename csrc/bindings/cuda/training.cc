@@ -59,7 +59,7 @@ void check_matrix(const std::string& name, const Array& a) {
 // A mask as the kernels and the host read it.
 struct Mask {
   std::optional<Array> array;
-  std::vector<uint8_t> host;  // where `array` came from the host, and where it is counted
+  std::vector<uint8_t> host;  // the same values; empty without a mask
 
   const uint8_t* data(cuda::Stream stream) const {
     return array ? array->data<uint8_t>(stream) : nullptr;
@@ -73,7 +73,9 @@ Mask read_mask(const py::object& mask, const Shape& shape, cuda::Stream stream) 
   if (mask.is_none()) return {};
   Mask result;
   result.array = dense_input<bool>("mask", mask, shape, stream);
-  result.host = read_back(result.array->data<uint8_t>(stream), result.array->size(), stream);
+  const py::array host = to_host(*result.array);  // where it came from the host: no wait
+  const auto* const flags = static_cast<const uint8_t*>(host.data());
+  result.host.assign(flags, flags + host.size());
   return result;
 }
 

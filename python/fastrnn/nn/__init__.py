@@ -1,8 +1,8 @@
 """What a model needs besides recurrent layers: modules without state, Sequential, losses.
 
-Every module has ``params``, ``flat``, ``config()``, ``state_dict()``, ``load_state_dict()`` and
-``freeze()``; ``module(x)`` computes, ``module.forward(x)`` computes and returns a tape, whose
-``backward(dy)`` returns ``fastrnn.Gradients``.
+Every module has ``params``, ``flat``, ``config()``, ``state_dict()``, ``load_state_dict()``,
+``to(device)`` and ``freeze()``; ``module(x)`` computes, ``module.forward(x)`` computes and returns
+a tape, whose ``backward(dy)`` returns ``fastrnn.Gradients``.
 """
 
 from fastrnn.nn.dropout import Dropout

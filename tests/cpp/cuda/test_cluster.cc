@@ -541,7 +541,7 @@ void test_interleavings() {
     p.resets = true;
     std::vector<Arrays<S>> expected = arrays_for<S>(p, 3);
     run(p, expected);
-    for (uint64_t seed = 0; seed < 7; ++seed) {
+    for (uint64_t seed = 0; seed < 10; ++seed) {
       emulator::Options options = hopper();
       options.seed = seed;  // 0: as before, once more
       options.delay_stores = seed != 0;

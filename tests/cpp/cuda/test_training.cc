@@ -156,7 +156,7 @@ void check_strided(DType dtype) {
 void check_conversions() {
   const std::vector<double> values = {0,     -0.0,     1,    -2.5, 1e-3, 65519,
                                       65520, 3.3e38,   1e39, 7,    -7,   0.333333333333,
-                                      1e-45, -1.99999, 2e9,  1};
+                                      1e-37, -1.99999, 2e9,  1};
   const auto n = static_cast<int64_t>(values.size());
   const Stream stream = own_stream();
   const auto view = [&](const Memory& memory, DType dtype) {
