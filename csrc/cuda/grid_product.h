@@ -166,19 +166,23 @@ struct Operand {
   }
 };
 
-// The next kBatch words, loaded until they have been written. Whether they have is looked up from
-// the last one to the first, in a chain: so all loads are on their way before one is waited for.
+// Word q of the next ones, of all tiles, is on its way after.
+template <class S, int kTiles>
+FASTRNN_DEVICE FASTRNN_INLINE void load_words(const Operand<S, kTiles>& rows, int q,
+                                              Word16 (&x)[kTiles]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    x[n] = {{0, 0, 0, 0}};
+    if (q < rows.count[n]) x[n] = load_relaxed(rows.from[n] + q * kLaneStride);
+  }
+}
+
+// Waits until the next kBatch words, which were loaded into x, have been written; loads them again
+// where they had not been. Whether they have is looked up from the last one to the first, in a
+// chain, so that all loads are on their way before one is waited for.
 template <int kBatch, class S, int kTiles>
 FASTRNN_DEVICE FASTRNN_INLINE void await_words(const Operand<S, kTiles>& rows,
                                                Word16 (&x)[kBatch][kTiles]) {
-#pragma unroll
-  for (int q = 0; q < kBatch; ++q) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      x[q][n] = {{0, 0, 0, 0}};
-      if (q < rows.count[n]) x[q][n] = load_relaxed(rows.from[n] + q * kLaneStride);
-    }
-  }
   while (true) {
     uint32_t largest = 0;
 #pragma unroll
@@ -243,10 +247,12 @@ FASTRNN_DEVICE FASTRNN_INLINE void store_partial(const Sums<T, kTiles>& sum, con
 }
 
 // A batch of pairs: weight(q, t, m) is the A operand of m tile m of pair q's k tile t. `pairs`: how
-// many there are.
+// many there are from this batch on. Where there is another batch, its words, the first ones of
+// `next`, are loaded into x as this one's are used up.
 template <class T, class S, int kTiles, int kBatch, class Weight>
-FASTRNN_DEVICE FASTRNN_INLINE void multiply_batch(int pairs, const Word16 (&x)[kBatch][kTiles],
-                                                  const Weight& weight, Sums<T, kTiles>& sum) {
+FASTRNN_DEVICE FASTRNN_INLINE void multiply_batch(int pairs, const Operand<S, kTiles>& next,
+                                                  const Weight& weight, Word16 (&x)[kBatch][kTiles],
+                                                  Sums<T, kTiles>& sum) {
 #pragma unroll
   for (int q = 0; q < kBatch; ++q) {
     if (q >= pairs) break;
@@ -262,6 +268,7 @@ FASTRNN_DEVICE FASTRNN_INLINE void multiply_batch(int pairs, const Word16 (&x)[k
         }
       }
     }
+    if (pairs > kBatch) load_words(next, q, x[q]);
   }
 }
 
@@ -271,30 +278,32 @@ FASTRNN_DEVICE FASTRNN_INLINE void multiply(const Weights<T>& weights, Operand<S
                                             const ThreadPlace& p, float* partial) {
   constexpr int kBatch = T::template kBatch<kTiles>;
   Sums<T, kTiles> sum = {};
+  Word16 x[kBatch][kTiles];
+#pragma unroll
+  for (int q = 0; q < kBatch; ++q) load_words(rows, q, x[q]);
 #pragma unroll
   for (int first = 0; first < T::kPairs; first += kBatch) {
     if (first >= weights.pairs) break;
-    Word16 x[kBatch][kTiles];
     await_words(rows, x);
     rows.skip(kBatch);
     multiply_batch<T, S, kTiles, kBatch>(
-        weights.pairs - first, x,
-        [&](int q, int t, int m) -> const uint32_t (&)[4] { return weights.a[first + q][t][m]; },
+        weights.pairs - first, rows,
+        [&](int q, int t, int m) -> const uint32_t (&)[4] { return weights.a[first + q][t][m]; }, x,
         sum);
   }
   const Word16* shared = weights.shared;
 #pragma unroll 1
   for (int first = T::kPairs; first < weights.pairs; first += kBatch) {
-    Word16 x[kBatch][kTiles], a;
     await_words(rows, x);
     rows.skip(kBatch);
+    Word16 a;
     multiply_batch<T, S, kTiles, kBatch>(
-        weights.pairs - first, x,
+        weights.pairs - first, rows,
         [&](int q, int t, int m) -> const uint32_t (&)[4] {
           a = shared[((q * kWarps * 2 + t) * T::kMTiles + m) * kLanes];
           return a.w;
         },
-        sum);
+        x, sum);
     shared += kBatch * kWarps * 2 * T::kMTiles * kLanes;
   }
   store_partial<T, kTiles>(sum, p, partial);

@@ -1,7 +1,5 @@
 #include "cuda/rows.h"
 
-#include <algorithm>
-
 #include "cells/dropout.h"
 #include "core/schedule.h"
 #include "cuda/simt.h"
@@ -322,17 +320,14 @@ struct PackBias {
 template <class A>
 struct AddGateRows {
   int slots, gate0;
-  int slot[kMostGates];
+  uint32_t slot_of_gate;  // 8 bits a gate: an array would be indexed in memory
   int64_t H, K;
   const A* sums;
   A* dw;
   FASTRNN_HD void operator()(int64_t i) const {
     const Division at = divide(i, K), row = divide(at.quotient, H);
-    int from = 0;
-#pragma unroll
-    for (int g = 0; g < kMostGates; ++g)
-      if (g == gate0 + row.quotient) from = slot[g];
-    dw[gate0 * H * K + i] += sums[(row.rest * slots + from) * K + at.rest];
+    const uint32_t slot = (slot_of_gate >> (8 * (gate0 + row.quotient))) & 0xFFu;
+    dw[gate0 * H * K + i] += sums[(row.rest * slots + slot) * K + at.rest];
   }
 };
 
@@ -492,8 +487,8 @@ void pack_bias(Stream stream, const GateSlots& slots, int64_t H, const A* b_ih, 
 template <class A>
 void add_gate_rows(Stream stream, const GateSlots& slots, const int* slot, int gate0, int gate1,
                    int64_t H, int64_t K, const A* sums, A* dw) {
-  AddGateRows<A> f = {slots.slots, gate0, {}, H, K, sums, dw};
-  std::copy(slot, slot + slots.gates, f.slot);
+  AddGateRows<A> f = {slots.slots, gate0, 0, H, K, sums, dw};
+  for (int g = 0; g < slots.gates; ++g) f.slot_of_gate |= static_cast<uint32_t>(slot[g]) << 8 * g;
   for_each(stream, (gate1 - gate0) * H * K, f);
 }
 
