@@ -31,17 +31,17 @@ int64_t packed_elements(const RecurrenceShape& shape, bool backward);
 template <class S>
 void pack(const RecurrenceShape& shape, const float* w_hh, bool backward, S* out, Stream stream);
 
-// Steps steps.k0 ... steps.k1 - 1 of shape.directions directions, side by side where the device
-// holds the blocks of both, else one after the other. Pointers are aligned to 16 bytes or as if
-// they pointed into an array that is; h_rows, gates and c_rows must not overlap with anything.
-// Takes memory of the stream: nothing worth mentioning where H is a multiple of 8, else as much as
-// h_rows.
+// Steps steps.k0 ... steps.k1 - 1 of shape.directions directions: side by side where the device
+// holds the blocks of both, else one after the other. gx, w and gates begin at 16 bytes' alignment,
+// or at a row of an array that does; h_rows, gates and c_rows overlap with nothing. Takes memory of
+// the stream: rows of h for the first step, and where H is not a multiple of 8 (or h_rows not at 16
+// bytes' alignment) as much as h_rows.
 template <class S>
 void forward(const RecurrenceShape& shape, const Steps& steps,
              const ForwardRecurrence<S>* directions, Stream stream);
 
-// The same for the gradients. Takes memory of the stream for the slots' gradients of all rows of
-// the chunk that reach the state: slots (GRU: 3) * H, rounded up to 16 units, 2 bytes each.
+// The same for the gradients. Takes memory of the stream for all rows of the chunk: G * H, H
+// rounded up to 16, 2 bytes each.
 template <class S>
 void backward(const RecurrenceShape& shape, const Steps& steps,
               const BackwardRecurrence<S>* directions, Stream stream);
