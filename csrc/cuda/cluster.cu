@@ -36,6 +36,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#include "cuda/constants.h"
 #include "cuda/fragments.h"
 #include "cuda/lane.h"
 #include "cuda/ptx.h"
@@ -98,15 +99,6 @@ struct AnyRnn : scalar::RnnTanh {
 };
 using AnyLstm = Only<scalar::Lstm>;
 using AnyGru = Only<scalar::GruAfter>;
-
-// Calls f(std::integral_constant<int, i>()) for i = 0 ... N - 1: indices that are constants.
-template <int N, int I = 0, class F>
-FASTRNN_DEVICE FASTRNN_INLINE void for_constants(const F& f) {
-  if constexpr (I < N) {
-    f(std::integral_constant<int, I>());
-    for_constants<N, I + 1>(f);
-  }
-}
 
 // The gate whose input product a slot starts from; -1: none, it starts from the bias.
 template <class Cell>

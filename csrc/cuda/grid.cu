@@ -37,6 +37,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#include "cuda/constants.h"
 #include "cuda/grid_packing.h"
 #include "cuda/grid_product.h"
 #include "cuda/lane.h"
@@ -70,15 +71,6 @@ struct Sizes {
   int words;       // of an exchanged row
   int pairs;       // ceil(words / 4)
 };
-
-// Calls f(std::integral_constant<int, i>) for i = 0 ... N - 1: indices that are constants.
-template <int N, int I = 0, class F>
-FASTRNN_DEVICE FASTRNN_INLINE void for_constants(const F& f) {
-  if constexpr (I < N) {
-    f(std::integral_constant<int, I>());
-    for_constants<N, I + 1>(f);
-  }
-}
 
 FASTRNN_HD constexpr int min_int(int a, int b) { return a < b ? a : b; }
 

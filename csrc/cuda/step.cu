@@ -8,6 +8,7 @@
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
+#include "cuda/constants.h"
 #include "cuda/simt.h"
 
 namespace fastrnn {
@@ -46,15 +47,6 @@ struct BackwardArgs {
 template <class A>
 FASTRNN_HD scalar::Scalar<A> lane_of(A x) {
   return scalar::Scalar<A>::set(x);
-}
-
-// Calls f(std::integral_constant<int, i>) for i = 0 ... N - 1: indices that are constants.
-template <int N, int I = 0, class F>
-FASTRNN_HD FASTRNN_INLINE void for_constants(const F& f) {
-  if constexpr (I < N) {
-    f(std::integral_constant<int, I>());
-    for_constants<N, I + 1>(f);
-  }
 }
 
 // The rows of the states that step k starts from, and whether a reset drops that of row j.
