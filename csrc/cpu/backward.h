@@ -62,12 +62,12 @@ class Backward {
       if constexpr (Cell::kTwoPhase) {
         for (int64_t s = mine.first; s < mine.end; ++s)
           memset(drh.at(s, 0), 0, sizeof(T) * static_cast<size_t>(n * W));
-        multiply_back(mine, row, n, 2, 1, drh);
+        multiply_back(k, mine, row, n, 2, 1, drh);
         for (int64_t s = mine.first; s < mine.end; ++s) reset_phase(s, row, n, drh, dh);
         if (share.team != nullptr) team_barrier(share.team);  // a stop is noticed at the next step
-        multiply_back(mine, row, n, 0, 2, dh);
+        multiply_back(k, mine, row, n, 0, 2, dh);
       } else {
-        multiply_back(mine, row, n, 0, G, dh);
+        multiply_back(k, mine, row, n, 0, G, dh);
       }
       if (a_.reset.data != nullptr) {
         for (int64_t j = 0; j < n; ++j) {
@@ -119,7 +119,7 @@ class Backward {
     Ticker ticker(a_.interrupt);
     for (int64_t b = 0; b < X_; b += 4) {  // as many panels as any tile takes
       multiply_panels(
-          {b, b + 4 < X_ ? b + 4 : X_}, rows, a_.w_ih, panel, out,
+          {b, b + 4 < X_ ? b + 4 : X_}, false, rows, a_.w_ih, panel, out,
           [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
           G * W * W);
       if (ticker.stop(rows * 4 * W * G * a_.H)) return;
@@ -219,30 +219,36 @@ class Backward {
   }
 
   // out += dG W_hh over `count` gates from g0 on: what reaches the state before through the
-  // product.
-  FASTRNN_INLINE void multiply_back(const Blocks& mine, int64_t row, int64_t n, int g0, int count,
-                                    const Panels<T>& out) const {
+  // product. Every other step goes through the weights the other way, as in the forward pass.
+  FASTRNN_INLINE void multiply_back(int64_t k, const Blocks& mine, int64_t row, int64_t n, int g0,
+                                    int count, const Panels<T>& out) const {
     multiply_panels(
-        mine, n, a_.w_hh + g0 * W * W, S_ * G * W * W, out,
+        mine, k % 2 != 0, n, a_.w_hh + g0 * W * W, S_ * G * W * W, out,
         [&](int64_t r) {
           return gate_rows<Cell>(gates_, row + r, a_.H, Cell::kStateSlot, g0, count);
         },
         G * W * W);
   }
 
+  // From the first panel to the last, or (backwards) from the last to the first.
   template <class F>
-  FASTRNN_INLINE void multiply_panels(const Blocks& panels, int64_t rows, const T* w, int64_t panel,
-                                      const Panels<T>& out, const F& left,
-                                      int64_t group_stride) const {
+  FASTRNN_INLINE void multiply_panels(const Blocks& panels, bool backwards, int64_t rows,
+                                      const T* w, int64_t panel, const Panels<T>& out,
+                                      const F& left, int64_t group_stride) const {
     const int64_t most = panels_at_once(rows < kTileRows ? static_cast<int>(rows) : kTileRows);
-    for (int64_t p = panels.first; p < panels.end; p += most) {
+    const int64_t groups = (panels.end - panels.first + most - 1) / most;
+    const auto first_panel = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
+      return panels.first + (backwards ? groups - 1 - turn : turn) * most;
+    };
+    for (int64_t turn = 0; turn < groups; ++turn) {
+      const int64_t p = first_panel(turn), next = first_panel(turn + 1 < groups ? turn + 1 : turn);
       const int together = static_cast<int>(panels.end - p < most ? panels.end - p : most);
+      const Right<T> right = {w + p * panel, group_stride, panel};
       for (int64_t r = 0; r < rows;) {
-        const int m = tile_rows(rows - r);
+        const int64_t m = group_rows(rows - r);
         T* c[4];
         for (int i = 0; i < together; ++i) c[i] = out.at(p + i, r);
-        const Right<T> right = {w + p * panel, group_stride, panel};
-        multiply<T>(m, together, left(r), right, c);
+        multiply_rows<T>(m, together, left(r), right, c, w + next * panel);
         r += m;
       }
     }

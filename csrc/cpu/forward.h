@@ -177,12 +177,13 @@ class Forward {
     for (int64_t p = mine_.first * G; p < end_panel; p += most) {
       const int together = static_cast<int>(end_panel - p < most ? end_panel - p : most);
       const Right<T> right = {w.base + p * w.panel_stride, w.group_stride, w.panel_stride};
+      const T* const next = right.base + (p + most < end_panel ? most * w.panel_stride : 0);
       for_runs(k0, end, [&](int64_t row, int64_t n) FASTRNN_INLINE_LAMBDA {
         T* out[4];
         for (int i = 0; i < together; ++i) out[i] = gates_.at(slot_panel(p + i), row);
         for (int64_t r = 0; r < n;) {
-          const int m = tile_rows(n - r);
-          multiply<T>(m, together, state_rows(x_, row + r, a_.I), right, out);
+          const int64_t m = group_rows(n - r);
+          multiply_rows<T>(m, together, state_rows(x_, row + r, a_.I), right, out, next);
           r += m;
           for (int i = 0; i < together; ++i) out[i] += m * W;
         }
@@ -235,46 +236,56 @@ class Forward {
   FASTRNN_INLINE void step(int64_t k, int64_t row, int64_t n, const Panels<T>& cur,
                            const Panels<T>& next) const {
     if constexpr (Cell::kTwoPhase) {
-      for_tiles<2>(row, n, 0, cur, [&](int64_t s, int64_t r, int m) FASTRNN_INLINE_LAMBDA {
+      for_tiles<2>(k, row, n, 0, cur, [&](int64_t s, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
         gate_phase(s, row + r, r, m, cur);
       });
       if (share_.team != nullptr)
         team_barrier(share_.team);  // a stop is noticed at the end of the step
-      for_tiles<1>(row, n, 2, rh_, [&](int64_t s, int64_t r, int m) FASTRNN_INLINE_LAMBDA {
+      for_tiles<1>(k, row, n, 2, rh_, [&](int64_t s, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
         cell_phase<kSave>(k, s, row + r, r, m, cur, next);
       });
     } else {
-      for_tiles<G>(row, n, 0, cur, [&](int64_t s, int64_t r, int m) FASTRNN_INLINE_LAMBDA {
+      for_tiles<G>(k, row, n, 0, cur, [&](int64_t s, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
         cell_phase<kSave>(k, s, row + r, r, m, cur, next);
       });
     }
   }
 
-  // For every superblock s and tile of rows: add left · W_hhᵀ to COUNT gates from g0 on, then f(s,
+  // For every superblock s and a few rows: add left · W_hhᵀ to COUNT gates from g0 on, then f(s,
   // first row, rows). An odd COUNT takes several superblocks together where the tile has room for
-  // more panels.
+  // more panels. Every other step goes through them from the last to the first: it begins with the
+  // weights that the step before has left in the cache.
   template <int COUNT, class F>
-  FASTRNN_INLINE void for_tiles(int64_t row, int64_t n, int g0, const Panels<T>& left,
+  FASTRNN_INLINE void for_tiles(int64_t k, int64_t row, int64_t n, int g0, const Panels<T>& left,
                                 const F& f) const {
     static_assert(COUNT == G || COUNT == 1 || COUNT % 2 == 0, "evenly spaced panels of weights");
     constexpr int kMost = COUNT % 2 == 1 ? 4 : 1;  // superblocks together
-    const int room = panels_at_once(tile_rows(n));
-    const int group = room < kMost ? room : kMost;
+    const int most = panels_at_once(n < kTileRows ? static_cast<int>(n) : kTileRows);
+    const int group = most < kMost ? most : kMost;
     const int64_t panel = a_.H * W, stride = COUNT == 1 ? G * panel : panel;
-    for (int64_t s = mine_.first; s < mine_.end; s += group) {
+    const int64_t groups = (mine_.end - mine_.first + group - 1) / group;
+    const auto superblock = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
+      return mine_.first + (k % 2 == 0 ? turn : groups - 1 - turn) * group;
+    };
+    const auto weights = [&](int64_t s) FASTRNN_INLINE_LAMBDA {
+      return a_.weights.w_hh + (s * G + g0) * panel;
+    };
+    for (int64_t turn = 0; turn < groups; ++turn) {
+      const int64_t s = superblock(turn);
       const int together = static_cast<int>(mine_.end - s < group ? mine_.end - s : group);
       const int count = COUNT * together;
+      const T* const after = weights(superblock(turn + 1 < groups ? turn + 1 : turn));
       for (int64_t r = 0; r < n;) {
-        const int m = tile_rows(n - r);
-        const int most = panels_at_once(m);
+        const int64_t m = group_rows(n - r);
         T* out[COUNT * kMost];
         for (int i = 0; i < count; ++i)
           out[i] =
               gates_.at((s + i / COUNT) * Cell::kSlots + Cell::kStateSlot[g0 + i % COUNT], row + r);
         const Left<T> a = state_rows(left, r, a_.H);
         for (int i = 0; i < count; i += most) {
-          const Right<T> w = {a_.weights.w_hh + (s * G + g0) * panel + i * stride, W * W, stride};
-          multiply<T>(m, count - i < most ? count - i : most, a, w, out + i);
+          const Right<T> w = {weights(s) + i * stride, W * W, stride};
+          multiply_rows<T>(m, count - i < most ? count - i : most, a, w, out + i,
+                           i + most < count ? w.base + most * stride : after);
         }
         for (int i = 0; i < together; ++i) f(s + i, r, m);
         r += m;
@@ -282,9 +293,9 @@ class Forward {
     }
   }
 
-  FASTRNN_INLINE void gate_phase(int64_t s, int64_t row, int64_t r0, int m,
+  FASTRNN_INLINE void gate_phase(int64_t s, int64_t row, int64_t r0, int64_t m,
                                  const Panels<T>& cur) const {
-    for (int r = 0; r < m; ++r)
+    for (int64_t r = 0; r < m; ++r)
       for (int v = 0; v < W; v += V::N) {
         T* const r_gate = gates_.at(s * Cell::kSlots, row + r) + v;
         T* const z_gate = gates_.at(s * Cell::kSlots + 1, row + r) + v;
@@ -298,10 +309,10 @@ class Forward {
 
   // The cell on m rows of superblock s, `row` in the slab and r0 in the block.
   template <bool kSave>
-  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t r0, int m,
+  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t r0, int64_t m,
                                  const Panels<T>& cur, const Panels<T>& next) const {
     const int lanes = valid_lanes(a_.H, s, W);
-    for (int r = 0; r < m; ++r) {
+    for (int64_t r = 0; r < m; ++r) {
       T* y = nullptr;
       if (a_.y != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0_ + r0 + r);

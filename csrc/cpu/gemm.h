@@ -23,6 +23,9 @@ namespace FASTRNN_ISA {
 template <class T>
 constexpr int kWidth = 2 * Vec<T>::N;  // W
 
+template <class T>
+constexpr int kLine = 64 / static_cast<int>(sizeof(T));  // elements of a cache line
+
 // Rows of a tile. 6 rows × 2 vectors of accumulators, 2 vectors of weights and a broadcast fit 16
 // registers.
 constexpr int kTileRows = 6;
@@ -108,10 +111,15 @@ struct Tile {
   }
 };
 
-// c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights.
+// Tiles of so many rows ask for what is read next, a line for each k, while they have arithmetic to
+// hide it behind. One with fewer rows is bound by its own loads.
+constexpr int kPrefetchRows = 3;
+
+// c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights. On the
+// way the 64 bytes times k from `ahead` on are brought into the second-level cache.
 template <class T, int ROWS, int NP>
 __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>& right,
-                                             T* const* c) {
+                                             T* const* c, const T* ahead) {
   constexpr int W = kWidth<T>;
   Tile<T, ROWS, NP> tile;
   tile.load(c);
@@ -122,7 +130,13 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
       const T* a = left.base + g * left.group_stride + left.offset[q];
       const T* row = w;
 #pragma GCC unroll 4
-      for (int k = 0; k < n; ++k, ++a, row += W) tile.template add<W>(a, row, right.panel_stride);
+      for (int k = 0; k < n; ++k, ++a, row += W) {
+        if constexpr (ROWS >= kPrefetchRows) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += kLine<T>;
+        }
+        tile.template add<W>(a, row, right.panel_stride);
+      }
     }
   }
   tile.store(c);
@@ -131,19 +145,72 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
 // The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time.
 template <class T, int ROWS = kTileRows>
 FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Right<T>& right,
-                             T* const* c) {
+                             T* const* c, const T* ahead) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return multiply<T, ROWS - 1>(rows, panels, left, right, c);
+    if (rows < ROWS) return multiply<T, ROWS - 1>(rows, panels, left, right, c, ahead);
   }
   constexpr int most = panels_at_once(ROWS);
   if constexpr (most >= 4) {
-    if (panels == 4) return multiply_tile<T, ROWS, 4>(left, right, c);
-    if (panels == 3) return multiply_tile<T, ROWS, 3>(left, right, c);
+    if (panels == 4) return multiply_tile<T, ROWS, 4>(left, right, c, ahead);
+    if (panels == 3) return multiply_tile<T, ROWS, 3>(left, right, c, ahead);
   }
   if constexpr (most >= 2) {
-    if (panels == 2) return multiply_tile<T, ROWS, 2>(left, right, c);
+    if (panels == 2) return multiply_tile<T, ROWS, 2>(left, right, c, ahead);
   }
-  multiply_tile<T, ROWS, 1>(left, right, c);
+  multiply_tile<T, ROWS, 1>(left, right, c, ahead);
+}
+
+// Rows of a panel that a tile takes when `left` rows are to be split as evenly as possible.
+FASTRNN_INLINE int tile_rows(int64_t left) {
+  const int64_t tiles = (left + kTileRows - 1) / kTileRows;
+  return static_cast<int>((left + tiles - 1) / tiles);
+}
+
+// Rows that go through all panels of a few units together: their accumulators stay in the
+// first-level cache.
+FASTRNN_INLINE int64_t group_rows(int64_t left) {
+  constexpr int64_t kMost = 8 * kTileRows;
+  const int64_t groups = (left + kMost - 1) / kMost;
+  return (left + groups - 1) / groups;
+}
+
+// Bytes of weights that all tiles of a few rows go through before the next: they stay in the
+// first-level cache.
+constexpr int64_t kBlockBytes = 32768;
+
+// The same for any number of rows, which lie W apart in c as in the left operand, in blocks of k.
+// While the tiles go through a block, the next is fetched; after the last one, what begins at
+// `next`, panels as far apart as the right operand's.
+template <class T>
+FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
+                                  const Right<T>& right, T* const* c, const T* next) {
+  constexpr int W = kWidth<T>;
+  const int64_t group = int64_t{left.per_group} * W;  // values of k
+  const int64_t fit = kBlockBytes / (group * W * panels * static_cast<int64_t>(sizeof(T)));
+  const int64_t together = rows <= kTileRows ? left.groups : fit > 1 ? fit : 1;
+  for (int64_t g = 0; g < left.groups; g += together) {
+    const bool last = g + together >= left.groups;
+    Left<T> a = left;
+    a.base += g * left.group_stride;
+    a.groups = last ? left.groups - g : together;
+    if (!last) a.tail = W;
+    const Right<T> w = {right.base + g * right.group_stride, right.group_stride,
+                        right.panel_stride};
+    const T* const after = last ? next : w.base + together * right.group_stride;
+    const int64_t ks = a.groups * group, panel = ks * W;  // elements of a panel's block
+    int64_t fetched = 0;
+    for (int64_t r = 0; r < rows;) {
+      const int m = tile_rows(rows - r);
+      T* out[4];
+      for (int i = 0; i < panels; ++i) out[i] = c[i] + r * W;
+      const int64_t p = fetched / panel;
+      multiply<T>(m, panels, a, w, out,
+                  p < panels ? after + p * right.panel_stride + fetched % panel : w.base);
+      fetched += ks * kLine<T>;
+      a.base += m * W;
+      r += m;
+    }
+  }
 }
 
 // c[r] += Σ_k a(k, r) · b(k), k from rows - 1 down to 0: columns of one panel against another

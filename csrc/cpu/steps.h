@@ -41,12 +41,6 @@ FASTRNN_INLINE bool starts_afresh(const Args& a, int64_t k, int64_t j) {
   return a.reset.data[a.reset.layout.at(t, at.b)] != 0;
 }
 
-// Rows of a panel that a tile takes when `left` rows are to be split as evenly as possible.
-FASTRNN_INLINE int tile_rows(int64_t left) {
-  const int64_t tiles = (left + kTileRows - 1) / kTileRows;
-  return static_cast<int>((left + tiles - 1) / tiles);
-}
-
 // Distance between panels of scratch: a count that is no multiple of 8 keeps panels off each
 // other's cache sets.
 FASTRNN_INLINE int64_t spread_rows(int64_t rows) { return rows < 8 ? rows : rows + (7 - rows % 8); }
