@@ -29,13 +29,20 @@ bool team_barrier(Team* team);
 // step.
 struct Share {
   int64_t j0, j1;
+  int64_t part = 0;  // of the schedule's, where a slab is kept: then j0 and j1 are its bounds
   int rank = 0, size = 1;
   Team* team = nullptr;  // null: alone
 };
 
-// Steps and rows in processing order, cut into chunks of steps. Rows of a chunk are numbered step
-// after step; chunk c has rows[c] of them, padded so that panels do not fall on the same cache
-// sets.
+// Some rows of a slab that lie one after the other.
+struct Run {
+  int64_t row, rows;
+};
+
+// Steps and rows in processing order, cut into chunks of steps. Rows of a chunk's slab are numbered
+// part after part of the batch and in a part step after step, so that threads that take a part each
+// write to lines far from each other's; chunk c has rows[c] of them, padded so that panels do not
+// fall on the same cache sets.
 struct Schedule {
   int64_t steps, batch;        // T (the longest length), B
   const int32_t* order;        // (B)   row j → the caller's row
@@ -43,7 +50,11 @@ struct Schedule {
   const int32_t* active;       // (T+1) rows at work in step k; active[T] = 0
   int64_t chunks;              //
   const int64_t* chunk_begin;  // (chunks+1) first step of a chunk
-  const int64_t* row_of_step;  // (T)   first row of step k within its chunk
+  int64_t parts;               // of the batch
+  const int64_t* part_begin;   // (parts+1) first row j of a part
+  const int64_t* row_of_step;  // (T, parts) first row of step k, part p within its chunk
+  const Run* runs;             // the rows of chunk c in runs, from the last step and row to the
+  const int64_t* run_begin;    // (chunks+1) first: run_begin[c] … run_begin[c + 1] - 1
   const int64_t* rows;         // (chunks) rows of a chunk, padded
   const int64_t* rows_before;  // (chunks+1) padded rows of all chunks before
   int64_t max_steps;           // of the longest chunk
@@ -138,10 +149,14 @@ struct BackwardArgs {
   const T* chunk_h;  // in, as the forward pass wrote them
   const T* chunk_c;
   T* x_rows;
-  T* h_prev;  // scratch [S][max_rows][W]: the state that each step of the chunk started from
-  T* c_prev;  // the same for c
+  // Scratch [copies][S][max_rows][W], of which chunk c uses copy c % copies: the state that each
+  // step of the chunk started from; the same for c; for a two-phase cell r * h_prev, what its n
+  // gate multiplied.
+  int64_t copies;
+  T* h_prev;
+  T* c_prev;
+  T* rh;
   int64_t first_chunk;
-  T* rh;  // scratch [S][max_rows][W] for a two-phase cell: r * h_prev, what its n gate multiplied
   T* dx;  // in/out, accumulated: (T, B, I); null if not wanted
   Layout dx_layout;
   T* dw_ih;  // in/out, accumulated: [ceil(I/W)][S*G*W][W]; with ids [S*G][I][W]

@@ -17,9 +17,10 @@ inline int64_t padded_rows(int64_t n) { return n < 8 ? n : n + (7 - n % 8); }
 class ScheduleBuilder {
  public:
   // T steps of B rows; `lengths` (B) or null for T everywhere; chunks of about `chunk_rows` rows;
-  // with segment > 0 no chunk crosses a multiple of `segment` steps. Throws std::bad_alloc.
+  // with segment > 0 no chunk crosses a multiple of `segment` steps; slabs in `parts` parts of the
+  // batch, cut as split_rows does. Throws std::bad_alloc.
   ScheduleBuilder(int64_t T, int64_t B, const int64_t* lengths, int64_t chunk_rows,
-                  int64_t segment = 0);
+                  int64_t segment = 0, int parts = 1);
   ScheduleBuilder(const ScheduleBuilder&) = delete;
   ScheduleBuilder& operator=(const ScheduleBuilder&) = delete;
 
@@ -33,8 +34,12 @@ class ScheduleBuilder {
   const std::vector<int64_t>& segments() const { return segments_; }
 
  private:
+  int64_t number_rows(int64_t begin, int64_t end);
+
   std::vector<int32_t> order_, active_;
-  std::vector<int64_t> length_, chunk_begin_, row_of_step_, rows_, rows_before_, segments_;
+  std::vector<int64_t> length_, chunk_begin_, part_begin_, row_of_step_, run_begin_, rows_,
+      rows_before_, segments_;
+  std::vector<Run> runs_;
   Schedule schedule_;
 };
 

@@ -33,13 +33,15 @@ class Backward {
     const int64_t before = (s_.rows_before[chunk] - s_.rows_before[a_.first_chunk]) * W;
     const int64_t stride = s_.rows[chunk] * W;
     gates_ = {a_.gates + before * S_ * Cell::kSlots, stride};
-    h_prev_ = {a_.h_prev, stride};
-    c_prev_ = {a_.c_prev, stride};
+    const int64_t copy = chunk % a_.copies * S_ * s_.max_rows * W;
+    h_prev_ = {a_.h_prev + copy, stride};
+    if (Cell::kHasCell) c_prev_ = {a_.c_prev + copy, stride};
+    if (Cell::kTwoPhase) rh_ = {a_.rh + copy, stride};
     const int64_t start = (chunk - a_.first_chunk) * S_ * a_.state_rows * W;
     chunk_h_ = a_.chunk_h + start;
     if (Cell::kHasCell) chunk_c_ = a_.chunk_c + start;
     x_ = {a_.x_rows == nullptr ? nullptr : a_.x_rows + before * X_, stride};
-    rh_ = {a_.rh, stride};
+    rows_ = {s_.runs + s_.run_begin[chunk], s_.run_begin[chunk + 1] - s_.run_begin[chunk]};
   }
 
   // The recurrence over a share. Scratch, for a two-phase cell: [S][j1 - j0][W].
@@ -54,7 +56,7 @@ class Backward {
     for (int64_t k = end_ - 1; k >= begin_; --k) {
       const int64_t n = rows_at(s_, k, j0, j1);
       if (n == 0) continue;
-      const int64_t row = s_.row_of_step[k] + j0;
+      const int64_t row = slab_row(k, share.part);
       for (int64_t s = mine.first; s < mine.end; ++s) cell_phase(k, s, row, j0, n, dh, dc);
       // Here a team meets: the products need the gradients of all units. Its members' parts of dh
       // stay apart.
@@ -83,7 +85,10 @@ class Backward {
   void weight_gradients(int64_t p0, int64_t p1) {
     // Rows at once: a panel of them takes 16 KB, and three stay near the first-level cache.
     constexpr int64_t kBlock = 16384 / (W * static_cast<int>(sizeof(T)));
-    const int64_t rows = rows_in_chunk(), P = S_ * G;
+    const int64_t P = S_ * G, ahead = kOuterPanels * P * W * W;
+    int64_t all = 0;
+    for (int64_t i = 0; i < rows_.count; ++i) all += rows_.runs[i].rows;
+    Run block[kBlock];
     Ticker ticker(a_.interrupt);
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t s = p / G, g = p % G;
@@ -91,23 +96,24 @@ class Backward {
       const int64_t in_slot = s * Cell::kSlots + Cell::kInputSlot[g],
                     state_slot = s * Cell::kSlots + Cell::kStateSlot[g];
       const Panels<T>& state = Cell::kTwoPhase && g == 2 ? rh_ : h_prev_;
-      for (int64_t r1 = rows; r1 > 0;) {
-        const int64_t r0 = r1 > kBlock ? r1 - kBlock : 0;
+      const T *const in = gates_.at(in_slot, 0), *const dh = gates_.at(state_slot, 0);
+      int64_t i = 0, done = 0;  // runs, and rows of the next one
+      while (i < rows_.count) {
+        const Rows rows = {block, take_rows(i, done, kBlock, block)};
         for (int64_t b = 0; b < S_; b += kOuterPanels)
-          outer_panels(gates_.at(state_slot, r0), state.at(b, r0), state.stride,
-                       outer_count(S_ - b), r1 - r0, lanes, a_.dw_hh + (b * P + p) * W * W,
-                       P * W * W);
+          outer_panels(dh, state.at(b, 0), state.stride, outer_count(S_ - b), rows, lanes,
+                       a_.dw_hh + (b * P + p) * W * W, P * W * W,
+                       b + kOuterPanels < S_ ? ahead : 0);
         if (x_.base != nullptr)
           for (int64_t b = 0; b < X_; b += kOuterPanels)
-            outer_panels(gates_.at(in_slot, r0), x_.at(b, r0), x_.stride, outer_count(X_ - b),
-                         r1 - r0, lanes, a_.dw_ih + (b * P + p) * W * W, P * W * W);
-        r1 = r0;
+            outer_panels(in, x_.at(b, 0), x_.stride, outer_count(X_ - b), rows, lanes,
+                         a_.dw_ih + (b * P + p) * W * W, P * W * W,
+                         b + kOuterPanels < X_ ? ahead : 0);
       }
-      if (a_.input.ids != nullptr) add_to_table(gates_.at(in_slot, 0), a_.dw_ih + p * a_.I * W);
-      sum_rows(gates_.at(in_slot, 0), rows, a_.dbias + in_slot * W);
-      if (state_slot != in_slot)
-        sum_rows(gates_.at(state_slot, 0), rows, a_.dbias + state_slot * W);
-      if (ticker.stop(rows * W * (a_.H + a_.I))) return;
+      if (a_.input.ids != nullptr) add_to_table(in, a_.dw_ih + p * a_.I * W);
+      sum_rows(in, rows_, a_.dbias + in_slot * W);
+      if (state_slot != in_slot) sum_rows(dh, rows_, a_.dbias + state_slot * W);
+      if (ticker.stop(all * W * (a_.H + a_.I))) return;
     }
   }
 
@@ -124,16 +130,36 @@ class Backward {
           G * W * W);
       if (ticker.stop(rows * 4 * W * G * a_.H)) return;
     }
-    for (int64_t k = begin_; k < end_; ++k) {
-      const int64_t first = s_.row_of_step[k];
-      const int64_t j_end = r1 - first < s_.active[k] ? r1 - first : s_.active[k];
-      for (int64_t j = r0 > first ? r0 - first : 0; j < j_end; ++j)
-        add_input_row(k, j, out, first + j - r0);
-    }
+    for (int64_t part = 0; part < s_.parts; ++part)
+      for (int64_t k = begin_; k < end_; ++k) {
+        const int64_t j0 = s_.part_begin[part], first = slab_row(k, part);
+        const int64_t n = rows_at(s_, k, j0, s_.part_begin[part + 1]);
+        const int64_t end = r1 - first < n ? r1 - first : n;
+        for (int64_t i = r0 > first ? r0 - first : 0; i < end; ++i)
+          add_input_row(k, j0 + i, out, first + i - r0);
+      }
   }
 
  private:
-  int64_t rows_in_chunk() const { return s_.row_of_step[end_ - 1] + s_.active[end_ - 1]; }
+  // The first row of step k in the slab.
+  FASTRNN_INLINE int64_t slab_row(int64_t k, int64_t part) const {
+    return s_.row_of_step[k * s_.parts + part];
+  }
+
+  // Up to `most` rows of the chunk in the order of the sums, from run i on, of which `done` are
+  // done already.
+  int64_t take_rows(int64_t& i, int64_t& done, int64_t most, Run* block) const {
+    int64_t count = 0;
+    while (i < rows_.count && most > 0) {
+      const Run run = rows_.runs[i];
+      const int64_t left = run.rows - done, n = left < most ? left : most;
+      block[count++] = {run.row + left - n, n};
+      most -= n;
+      done = n < left ? done + n : 0;
+      i += n == left;
+    }
+    return count;
+  }
 
   // The states before all steps of the chunk, from the one before the first and the slots: with the
   // forward pass's own operations, and so its bits.
@@ -141,11 +167,12 @@ class Backward {
     const int64_t j0 = share.j0, j1 = share.j1, stride = a_.state_rows * W;
     for (int64_t s = mine.first; s < mine.end; ++s) {
       const size_t bytes = sizeof(T) * static_cast<size_t>(rows_at(s_, begin_, j0, j1) * W);
-      memcpy(h_prev_.at(s, j0), chunk_h_ + s * stride + j0 * W, bytes);
-      if (Cell::kHasCell) memcpy(c_prev_.at(s, j0), chunk_c_ + s * stride + j0 * W, bytes);
+      const int64_t row = slab_row(begin_, share.part);
+      memcpy(h_prev_.at(s, row), chunk_h_ + s * stride + j0 * W, bytes);
+      if (Cell::kHasCell) memcpy(c_prev_.at(s, row), chunk_c_ + s * stride + j0 * W, bytes);
     }
     for (int64_t k = begin_; k < end_; ++k) {
-      const int64_t n = rows_at(s_, k, j0, j1), row = s_.row_of_step[k] + j0;
+      const int64_t n = rows_at(s_, k, j0, j1), row = slab_row(k, share.part);
       if (a_.reset.data != nullptr) {
         for (int64_t j = 0; j < n; ++j) {
           if (!starts_afresh(a_, k, j0 + j)) continue;
@@ -154,7 +181,7 @@ class Backward {
         }
       }
       if (k + 1 == end_) return;
-      const int64_t next = s_.row_of_step[k + 1] + j0, go_on = rows_at(s_, k + 1, j0, j1);
+      const int64_t next = slab_row(k + 1, share.part), go_on = rows_at(s_, k + 1, j0, j1);
       for (int64_t s = mine.first; s < mine.end; ++s)
         for (int64_t r = 0; r < go_on; ++r)
           for (int v = 0; v < W; v += V::N) {
@@ -257,13 +284,16 @@ class Backward {
   // One-hot input: the gradient of W_ih's column `id` gathers the rows where that token was seen.
   void add_to_table(const T* dg, T* table) const {
     for (int64_t k = end_ - 1; k >= begin_; --k)
-      for (int64_t j = s_.active[k] - 1; j >= 0; --j) {
-        const Place at = place(s_, a_.reverse, k, j);
-        const int64_t id = a_.input.ids[a_.input.layout.at(at.t, at.b)];
-        const T* const src = dg + (s_.row_of_step[k] + j) * W;
-        T* const dst = table + id * W;
-        (V::load(dst) + V::load(src)).store(dst);
-        (V::load(dst + V::N) + V::load(src + V::N)).store(dst + V::N);
+      for (int64_t part = s_.parts - 1; part >= 0; --part) {
+        const int64_t j0 = s_.part_begin[part];
+        for (int64_t i = rows_at(s_, k, j0, s_.part_begin[part + 1]) - 1; i >= 0; --i) {
+          const Place at = place(s_, a_.reverse, k, j0 + i);
+          const int64_t id = a_.input.ids[a_.input.layout.at(at.t, at.b)];
+          const T* const src = dg + (slab_row(k, part) + i) * W;
+          T* const dst = table + id * W;
+          (V::load(dst) + V::load(src)).store(dst);
+          (V::load(dst + V::N) + V::load(src + V::N)).store(dst + V::N);
+        }
       }
   }
 
@@ -290,7 +320,8 @@ class Backward {
   const Schedule& s_;
   const int64_t S_, X_;
   const int64_t begin_, end_;  // steps of the chunk
-  Panels<T> gates_, h_prev_, c_prev_, x_, rh_;
+  Rows rows_;                  // of the chunk
+  Panels<T> gates_, h_prev_, c_prev_ = {}, x_, rh_ = {};
   const T *chunk_h_, *chunk_c_ = nullptr;
 };
 

@@ -71,7 +71,7 @@ class Forward {
       for (int64_t row = 0; k < end; ++k) {
         const int64_t n = rows_at(s_, k, j0_, j1_);
         if (n == 0) break;
-        if (a_.gates != nullptr) row = s_.row_of_step[k] + j0_;
+        if (a_.gates != nullptr) row = slab_row(k);
         if (a_.reset.data != nullptr) {
           apply_resets(k, n, cur);
           if (share_.team != nullptr && team_barrier(share_.team)) return;
@@ -98,16 +98,19 @@ class Forward {
   // The most rows that this block can have in a chunk.
   int64_t most_rows() const { return s_.max_steps * (j1_ - j0_); }
 
-  // Calls f(first row in the slab, rows) for runs of neighbouring rows of the steps k … end - 1.
-  template <class F>
-  FASTRNN_INLINE void for_runs(int64_t k, int64_t end, const F& f) const {
-    if (a_.gates == nullptr || (j0_ == 0 && j1_ >= s_.batch)) {
-      int64_t n = 0;
-      for (; k < end; ++k) n += rows_at(s_, k, j0_, j1_);
-      f(0, n);
-    } else {
-      for (; k < end; ++k) f(s_.row_of_step[k] + j0_, rows_at(s_, k, j0_, j1_));
-    }
+  // The first row of step k in the slab; in inference the slab is the share's own.
+  FASTRNN_INLINE int64_t slab_row(int64_t k) const {
+    return s_.row_of_step[k * s_.parts + share_.part];
+  }
+  FASTRNN_INLINE int64_t first_slab_row(int64_t k) const {
+    return a_.gates == nullptr ? 0 : slab_row(k);
+  }
+
+  // Rows of the steps k … end - 1, which lie in the slab one after the other.
+  FASTRNN_INLINE int64_t rows_between(int64_t k, int64_t end) const {
+    int64_t n = 0;
+    for (; k < end; ++k) n += rows_at(s_, k, j0_, j1_);
+    return n;
   }
 
   // A team's members gather a part of the steps each.
@@ -117,9 +120,8 @@ class Forward {
     const int64_t steps = chunk_end - k;
     const int64_t first = k + steps * share_.rank / share_.size,
                   end = k + steps * (share_.rank + 1) / share_.size;
-    for (int64_t row = 0; k < end; ++k) {
+    for (int64_t row = first_slab_row(k); k < end; ++k) {
       const int64_t n = rows_at(s_, k, j0_, j1_);
-      if (a_.gates != nullptr) row = s_.row_of_step[k] + j0_;
       if (k < first) {
         row += n;
         continue;
@@ -145,50 +147,41 @@ class Forward {
   // gates = bias + x W_ihᵀ for all rows of the chunk; a one-hot row picks a row of the packed
   // panel.
   void project_inputs(int64_t k0, int64_t end) const {
-    const Right<T> w = {a_.weights.w_ih, W * W, a_.I * W};
+    const int64_t row = first_slab_row(k0), n = rows_between(k0, end);
     for (int64_t s = mine_.first; s < mine_.end; ++s) {
       for (int slot = 0; slot < Cell::kSlots; ++slot) {
         const T* const bias = a_.weights.bias + (s * Cell::kSlots + slot) * W;
         const V b0 = V::load(bias), b1 = V::load(bias + V::N);
-        for_runs(k0, end, [&](int64_t row, int64_t n) FASTRNN_INLINE_LAMBDA {
-          T* out = gates_.at(s * Cell::kSlots + slot, row);
-          for (int64_t r = 0; r < n; ++r, out += W) {
-            b0.store(out);
-            b1.store(out + V::N);
-          }
-        });
+        T* out = gates_.at(s * Cell::kSlots + slot, row);
+        for (int64_t r = 0; r < n; ++r, out += W) {
+          b0.store(out);
+          b1.store(out + V::N);
+        }
       }
     }
     if (a_.input.ids != nullptr) return pick_inputs(k0, end);
-    multiply_inputs(k0, end, w);
+    multiply_inputs(row, n);
   }
 
-  void multiply_inputs(int64_t k0, int64_t end, const Right<T>& w) const {
-    // As many panels at once as a tile takes, for all rows of the chunk.
-    int64_t most_rows = 1, rows = 0;
-    for_runs(k0, end, [&](int64_t, int64_t n) {
-      most_rows = n > most_rows ? n : most_rows;
-      rows += n;
-    });
+  // As many panels at once as a tile takes, for all n rows from `row` on.
+  void multiply_inputs(int64_t row, int64_t n) const {
+    const Right<T> w = {a_.weights.w_ih, W * W, a_.I * W};
     Ticker ticker(a_.interrupt);
-    const int most =
-        panels_at_once(most_rows < kTileRows ? static_cast<int>(most_rows) : kTileRows);
+    const int most = panels_at_once(n < kTileRows ? static_cast<int>(n) : kTileRows);
     const int64_t end_panel = mine_.end * G;
     for (int64_t p = mine_.first * G; p < end_panel; p += most) {
       const int together = static_cast<int>(end_panel - p < most ? end_panel - p : most);
       const Right<T> right = {w.base + p * w.panel_stride, w.group_stride, w.panel_stride};
       const T* const next = right.base + (p + most < end_panel ? most * w.panel_stride : 0);
-      for_runs(k0, end, [&](int64_t row, int64_t n) FASTRNN_INLINE_LAMBDA {
-        T* out[4];
-        for (int i = 0; i < together; ++i) out[i] = gates_.at(slot_panel(p + i), row);
-        for (int64_t r = 0; r < n;) {
-          const int64_t m = group_rows(n - r);
-          multiply_rows<T>(m, together, state_rows(x_, row + r, a_.I), right, out, next);
-          r += m;
-          for (int i = 0; i < together; ++i) out[i] += m * W;
-        }
-      });
-      if (ticker.stop(rows * together * W * a_.I)) return;  // the steps will notice it, too
+      T* out[4];
+      for (int i = 0; i < together; ++i) out[i] = gates_.at(slot_panel(p + i), row);
+      for (int64_t r = 0; r < n;) {
+        const int64_t m = group_rows(n - r);
+        multiply_rows<T>(m, together, state_rows(x_, row + r, a_.I), right, out, next);
+        r += m;
+        for (int i = 0; i < together; ++i) out[i] += m * W;
+      }
+      if (ticker.stop(n * together * W * a_.I)) return;  // the steps will notice it, too
     }
   }
 
@@ -200,10 +193,9 @@ class Forward {
   void pick_inputs(int64_t k0, int64_t end) const {
     for (int64_t p = mine_.first * G; p < mine_.end * G; ++p) {
       const T* const w = a_.weights.w_ih + p * a_.I * W;
-      int64_t row = 0;
+      int64_t row = first_slab_row(k0);
       for (int64_t k = k0; k < end; ++k) {
         const int64_t n = rows_at(s_, k, j0_, j1_);
-        if (a_.gates != nullptr) row = s_.row_of_step[k] + j0_;
         for (int64_t j = 0; j < n; ++j, ++row) {
           const Place at = place(s_, a_.reverse, k, j0_ + j);
           const int64_t id = a_.input.ids[a_.input.layout.at(at.t, at.b)];

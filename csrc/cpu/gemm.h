@@ -10,7 +10,7 @@
 #ifndef FASTRNN_CPU_GEMM_H_
 #define FASTRNN_CPU_GEMM_H_
 
-#include "core/dims.h"
+#include "core/args.h"
 #include "cpu/vec.h"
 
 namespace fastrnn {
@@ -213,51 +213,64 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
   }
 }
 
-// c[r] += Σ_k a(k, r) · b(k), k from rows - 1 down to 0: columns of one panel against another
-// panel, both k-major. Descending, because back-propagation visits the steps from the last to the
-// first: so a gradient is one chain over all steps and does not depend on how they were cut into
-// chunks.
+// The k of a product of columns: rows of panels, in runs from the last to the first.
+struct Rows {
+  const Run* runs;
+  int64_t count;
+};
+
+// c[r] += Σ_k a(k, r) · b(k): columns of one panel against another panel, both k-major, every run
+// from its last row to its first. Descending, because back-propagation visits the steps from the
+// last to the first: so a gradient is one chain over all steps and does not depend on how they were
+// cut into chunks. On the way the accumulators `ahead` elements further on are brought nearer.
 template <class T, int ROWS, int NP>
-__attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stride, int64_t rows,
-                                          T* const* c) {
+__attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stride,
+                                          const Rows& rows, T* const* c, int64_t ahead) {
   constexpr int W = kWidth<T>;
   Tile<T, ROWS, NP> tile;
   tile.load(c);
-  a += rows * W;
-  b += rows * W;
 #pragma GCC unroll 4
-  for (int64_t k = 0; k < rows; ++k) {
-    a -= W;
-    b -= W;
-    tile.template add<1>(a, b, b_stride);
+  for (int p = 0; p < NP; ++p)
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS * W; i += kLine<T>) __builtin_prefetch(c[p] + ahead + i, 0, 2);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const Run run = rows.runs[i];
+    const T* x = a + (run.row + run.rows) * W;
+    const T* y = b + (run.row + run.rows) * W;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < run.rows; ++k) {
+      x -= W;
+      y -= W;
+      tile.template add<1>(x, y, b_stride);
+    }
   }
   tile.store(c);
 }
 
 template <class T, int ROWS = kTileRows>
 FASTRNN_INLINE void outer_rows(int n, int panels, const T* a, const T* b, int64_t b_stride,
-                               int64_t rows, T* const* c) {
+                               const Rows& rows, T* const* c, int64_t ahead) {
   if constexpr (ROWS > 1) {
-    if (n < ROWS) return outer_rows<T, ROWS - 1>(n, panels, a, b, b_stride, rows, c);
+    if (n < ROWS) return outer_rows<T, ROWS - 1>(n, panels, a, b, b_stride, rows, c, ahead);
   }
   if constexpr (kOuterPanels > 1) {
-    if (panels > 1) return outer_tile<T, ROWS, kOuterPanels>(a, b, b_stride, rows, c);
+    if (panels > 1) return outer_tile<T, ROWS, kOuterPanels>(a, b, b_stride, rows, c, ahead);
   }
-  outer_tile<T, ROWS, 1>(a, b, b_stride, rows, c);
+  outer_tile<T, ROWS, 1>(a, b, b_stride, rows, c, ahead);
 }
 
-// c[p] [W][W] += aᵀ b[p] over `rows` rows of the panel a and of 1 … kOuterPanels panels b; only the
-// first `lanes` columns of a are wanted.
+// c[p] [W][W] += aᵀ b[p] over rows of the panel a and of 1 … kOuterPanels panels b; only the first
+// `lanes` columns of a are wanted. The next to be added to lies `ahead` elements on.
 template <class T>
-void outer_panels(const T* a, const T* b, int64_t b_stride, int panels, int64_t rows, int lanes,
-                  T* c, int64_t c_stride) {
+void outer_panels(const T* a, const T* b, int64_t b_stride, int panels, const Rows& rows, int lanes,
+                  T* c, int64_t c_stride, int64_t ahead) {
   constexpr int W = kWidth<T>;
   const int tiles = (lanes + kTileRows - 1) / kTileRows;
   for (int i = 0, done = 0; i < tiles; ++i) {  // as even as possible: 16 = 6 + 5 + 5
     const int n = (lanes - done + tiles - i - 1) / (tiles - i);
     T* out[kOuterPanels];
     for (int p = 0; p < panels; ++p) out[p] = c + p * c_stride + done * W;
-    outer_rows<T>(n, panels, a + done, b, b_stride, rows, out);
+    outer_rows<T>(n, panels, a + done, b, b_stride, rows, out, ahead);
     done += n;
   }
 }
@@ -267,15 +280,18 @@ FASTRNN_INLINE int outer_count(int64_t left) {
   return left < kOuterPanels ? static_cast<int>(left) : kOuterPanels;
 }
 
-// sum [W] += column sums of a panel, from the last row to the first.
+// sum [W] += column sums of a panel, likewise from the last row to the first.
 template <class T>
-void sum_rows(const T* a, int64_t rows, T* sum) {
+void sum_rows(const T* a, const Rows& rows, T* sum) {
   using V = Vec<T>;
   constexpr int W = kWidth<T>;
   V s0 = V::load(sum), s1 = V::load(sum + V::N);
-  for (int64_t k = rows - 1; k >= 0; --k) {
-    s0 = s0 + V::load(a + k * W);
-    s1 = s1 + V::load(a + k * W + V::N);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const Run run = rows.runs[i];
+    for (int64_t k = run.row + run.rows - 1; k >= run.row; --k) {
+      s0 = s0 + V::load(a + k * W);
+      s1 = s1 + V::load(a + k * W + V::N);
+    }
   }
   s0.store(sum);
   s1.store(sum + V::N);

@@ -118,15 +118,12 @@ void store_state(const T* src, int64_t index, const int32_t* order, int64_t B, i
   }
 }
 
-// Multiply-adds of one layer's forward pass in one direction.
-template <class T>
-double layer_work(const ForwardArgs<T>& a, CellKind kind) {
-  const Schedule& s = *a.schedule;
+// Multiply-adds of one layer's forward pass in one direction; one-hot input is worth one feature.
+inline double layer_work(const Schedule& s, CellKind kind, int64_t inputs, int64_t H) {
   double rows = 0;
   for (int64_t j = 0; j < s.batch; ++j) rows += static_cast<double>(s.length[j]);
-  const double inputs = a.input.ids != nullptr ? 1.0 : static_cast<double>(a.I);
-  return rows * cell_traits(kind).gates * static_cast<double>(a.H) *
-         (inputs + static_cast<double>(a.H));
+  return rows * cell_traits(kind).gates * static_cast<double>(H) *
+         (static_cast<double>(inputs) + static_cast<double>(H));
 }
 
 // plan_division for one layer and all its directions.
@@ -149,6 +146,17 @@ inline int64_t fewest_chunks(const ScheduleBuilder& schedule) {
   return fewest;
 }
 
+// In how many parts of the batch training on so many threads goes through the steps.
+template <class T>
+int training_parts(const Kernels<T>& kernels, const StackSpec& spec,
+                   const ScheduleBuilder& schedule, bool one_hot, int threads) {
+  const Schedule& s = schedule.get();
+  const double work =
+      spec.directions * layer_work(s, spec.kind, one_hot ? 1 : spec.input_size(0), spec.H);
+  const Division division = divide(kernels, spec.kind, s, spec.H, spec.directions, work, threads);
+  return plan_turns(division.row_parts, s.batch, fewest_chunks(schedule));
+}
+
 // The threads' shares of one layer: all directions × row parts, or the members of a team, with the
 // scratch they need.
 template <class T>
@@ -159,12 +167,18 @@ class LayerForward {
                int threads)
       : kernels_(kernels), kind_(static_cast<int>(kind)), directions_(directions) {
     const int D = static_cast<int>(directions.size());
-    const double work = layer_work(directions[0], kind) * D;
     const ForwardArgs<T>& first = directions[0];
+    const double work =
+        D * layer_work(schedule.get(), kind, first.input.ids != nullptr ? 1 : first.I, first.H);
     const Division division = divide(kernels, kind, schedule.get(), first.H, D, work, threads);
-    parts_ = plan_turns(division.row_parts, schedule.get().batch, fewest_chunks(schedule));
-    team_ = division.team;
-    workers_ = std::min(division.row_parts * D, plan_threads(threads, work));
+    if (first.gates != nullptr) {  // the slabs are laid out for so many
+      parts_ = static_cast<int>(schedule.get().parts);
+      team_ = parts_ == 1 ? division.team : 1;
+    } else {
+      parts_ = plan_turns(division.row_parts, schedule.get().batch, fewest_chunks(schedule));
+      team_ = division.team;
+    }
+    workers_ = std::min(tasks(), plan_threads(threads, work));
     rows_ = schedule.split_rows(parts_);
     int64_t scratch = 0;
     for (const ForwardArgs<T>& a : directions_)
@@ -187,8 +201,8 @@ class LayerForward {
       // Gathered anew for every chunk, so that a thread that was late joins the next.
       for (int64_t chunk = chunk0; chunk < chunk1; ++chunk) {
         run_as_team(team_, interrupt, [&](int rank, Team& team) {
-          const Share share = {rows_[0], rows_[1], rank, team.size(),
-                               team.size() > 1 ? &team : nullptr};
+          const Share share = {rows_[0], rows_[1],    0,
+                               rank,     team.size(), team.size() > 1 ? &team : nullptr};
           kernels_.forward[kind_](directions_[0], chunk, chunk + 1, share,
                                   scratch_.template data<T>());
         });
@@ -251,7 +265,7 @@ class LayerForward {
   void run_task(int task, int64_t chunk0, int64_t chunk1, int worker) {
     const size_t part = static_cast<size_t>(task % parts_);
     kernels_.forward[kind_](directions_[static_cast<size_t>(task / parts_)], chunk0, chunk1,
-                            {rows_[part], rows_[part + 1]},
+                            {rows_[part], rows_[part + 1], static_cast<int64_t>(part)},
                             scratch_.template data<T>() + worker * scratch_size_);
   }
 

@@ -56,11 +56,12 @@ void outer(const T* dy, const T* x, int64_t rows, int64_t panel_rows, int64_t P,
            int64_t p0, int64_t p1, T* acc, T* dbias) {
   constexpr int W = kWidth<T>;
   const int64_t stride = panel_rows * W;
+  const Run whole = {0, rows};
   for (int64_t p = p0; p < p1; ++p) {
     for (int64_t b = 0; b < K_blocks; b += kOuterPanels)
-      outer_panels(dy + p * stride, x + b * stride, stride, outer_count(K_blocks - b), rows, W,
-                   acc + (b * P + p) * W * W, P * W * W);
-    if (dbias != nullptr) sum_rows(dy + p * stride, rows, dbias + p * W);
+      outer_panels(dy + p * stride, x + b * stride, stride, outer_count(K_blocks - b), {&whole, 1},
+                   W, acc + (b * P + p) * W * W, P * W * W, kOuterPanels * P * W * W);
+    if (dbias != nullptr) sum_rows(dy + p * stride, {&whole, 1}, dbias + p * W);
   }
 }
 

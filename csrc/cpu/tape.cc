@@ -11,6 +11,7 @@
 
 #include "cells/dropout.h"
 #include "core/fpenv.h"
+#include "cpu/back_tasks.h"
 #include "cpu/layer.h"
 #include "cpu/stack.h"
 
@@ -78,7 +79,15 @@ struct StackTape<T>::State {
                           ? std::vector<int64_t>()
                           : std::vector<int64_t>(call.starts, call.starts + call.batch)),
         starts(call.starts == nullptr ? nullptr : starts_memory.data()),
-        schedule(call.steps, call.batch, call.lengths, kTrainingChunkRows, call.checkpoint_every) {}
+        schedule(call.steps, call.batch, call.lengths, kTrainingChunkRows, call.checkpoint_every,
+                 parts_for(*stack, call)) {}
+
+  static int parts_for(const PackedStack<T>& stack, const StackCall<T>& call) {
+    const ScheduleBuilder whole(call.steps, call.batch, call.lengths, kTrainingChunkRows,
+                                call.checkpoint_every);
+    return training_parts(stack.kernels(), stack.spec(), whole, call.input.ids != nullptr,
+                          call.threads);
+  }
 
   const StackSpec& spec() const { return stack->spec(); }
   int width() const { return stack->kernels().width; }
@@ -310,11 +319,22 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   const int64_t S = ceil_div(H, W), P = S * traits.gates, X = ceil_div(I, W), size = state_size();
   const bool want_dx = dx != nullptr;
 
+  const double work = D * layer_work(s, spec().kind, 0, H);
+  const int threads = plan_threads(call.threads, work);
+  const int step_parts = static_cast<int>(s.parts);
+  const int team_members =
+      step_parts > 1 ? 1 : divide(k, spec().kind, s, H, D, work, call.threads).team;
+  // What does not depend on the recurrence is cut finer than there are threads, so that one that is
+  // slower than the others does less.
+  const int shares = threads > 1 ? 4 * threads : 1;
+  const int panel_parts = static_cast<int>(std::min<int64_t>(P, ceil_div(shares, D)));
+
   // Work memory, per direction: transposed weights, the running gradient of the state, the states
-  // of a chunk.
+  // of a chunk, or of two so that threads need not wait for each other at its end.
+  const int copies = threads > 1 && team_members == 1 ? 2 : 1;
   const int64_t n_hh = S * P * W * W, n_ih = one_hot(l) ? P * I * W : X * P * W * W,
                 n_b = S * traits.slots * W;
-  const int64_t n_wide = X * P * W * W, n_rows = s.max_rows * S * W;
+  const int64_t n_wide = X * P * W * W, n_rows = copies * s.max_rows * S * W;
   const size_t per_direction = checked_add(
       static_cast<size_t>(n_hh), static_cast<size_t>(want_dx ? n_wide : 0),
       checked_mul(2, static_cast<size_t>(size)),
@@ -349,6 +369,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.dbias = sum.bias = sum.w_ih + n_ih;
     a.dh = take(size);
     a.dc = take(size);
+    a.copies = copies;
     a.h_prev = take(n_rows);
     if (traits.has_cell) a.c_prev = take(n_rows);
     if (traits.two_phase) a.rh = take(n_rows);
@@ -359,17 +380,6 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     args.push_back(a);
   }
 
-  double work = 0;
-  for (int64_t j = 0; j < batch; ++j) work += static_cast<double>(s.length[j]);
-  work *= static_cast<double>(traits.gates * H * H * D);
-  const int threads = plan_threads(call.threads, work);
-  const Division division = divide(k, spec().kind, s, H, D, work, call.threads);
-  const int row_parts = division.row_parts, team_members = division.team;
-  // What does not depend on the recurrence is cut finer than there are threads, so that one that is
-  // slower than the others does less.
-  const int shares = threads > 1 ? 4 * threads : 1;
-  const int panel_parts = static_cast<int>(std::min<int64_t>(P, ceil_div(shares, D)));
-  const std::vector<int64_t> rows = schedule.split_rows(row_parts);
   const auto run = [&](int tasks, const auto& f) {
     if (call.interrupt != nullptr) call.interrupt->poll();
     if (threads > 1) return run_parallel(tasks, call.interrupt, f);
@@ -396,45 +406,71 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   const int dx_parts = static_cast<int>(
       std::max<int64_t>(threads, std::min<int64_t>(shares, s.max_rows / (4 * k.rows))));
   const int64_t dx_rows = ceil_div(s.max_rows, dx_parts);
-  Buffer dx_scratch;
-  if (want_dx) dx_scratch = make_buffer<T>(dx_parts * dx_rows, X * W);
+  Buffer dx_scratch;  // of a thread each
+  if (want_dx) dx_scratch = make_buffer<T>(threads * dx_rows, X * W);
 
-  const auto back_through_steps = [&](int64_t c) {
-    if (team_members > 1) {
-      return run_as_team(team_members, call.interrupt, [&](int rank, Team& team) {
-        const Share share = {0, batch, rank, team.size(), team.size() > 1 ? &team : nullptr};
-        k.backward[kind](args[0], c, share, reset_scratch.template data<T>());
-      });
+  const auto perform = [&](const BackTask& task, int worker) {
+    const BackwardArgs<T>& a = args[static_cast<size_t>(task.direction)];
+    if (task.kind == BackTask::kSteps) {
+      const int64_t j0 = s.part_begin[task.part], j1 = s.part_begin[task.part + 1];
+      T* const scratch = traits.two_phase
+                             ? reset_scratch.template data<T>() + task.direction * size + j0 * S * W
+                             : nullptr;
+      k.backward[kind](a, task.chunk, {j0, j1, task.part}, scratch);
+    } else if (task.kind == BackTask::kWeights) {
+      k.weight_gradients[kind](a, task.chunk, cut(P, panel_parts, task.part),
+                               cut(P, panel_parts, task.part + 1));
+    } else {
+      int64_t rows = 0;
+      for (int64_t i = s.chunk_begin[task.chunk]; i < s.chunk_begin[task.chunk + 1]; ++i)
+        rows += s.active[i];
+      const int64_t r0 = cut(rows, dx_parts, task.part), r1 = cut(rows, dx_parts, task.part + 1);
+      if (r0 < r1)
+        k.input_gradients[kind](a, task.chunk, r0, r1,
+                                dx_scratch.template data<T>() + worker * dx_rows * X * W);
     }
-    run(D * row_parts, [&](int task) {
-      const size_t d = static_cast<size_t>(task / row_parts),
-                   part = static_cast<size_t>(task % row_parts);
-      T* const scratch = traits.two_phase ? reset_scratch.template data<T>() +
-                                                static_cast<int64_t>(d) * size + rows[part] * S * W
-                                          : nullptr;
-      k.backward[kind](args[d], c, {rows[part], rows[part + 1]}, scratch);
+  };
+  // The members of a team do not take tasks: they meet in every step.
+  const auto back_as_team = [&](int64_t c) {
+    run_as_team(team_members, call.interrupt, [&](int rank, Team& team) {
+      const Share share = {0, batch, 0, rank, team.size(), team.size() > 1 ? &team : nullptr};
+      k.backward[kind](args[0], c, share, reset_scratch.template data<T>());
+    });
+    const int inputs = want_dx ? dx_parts : 0;
+    std::atomic<int> next{0};
+    run(threads, [&](int worker) {
+      for (int i = next++; i < panel_parts + inputs; i = next++) {
+        if (call.interrupt != nullptr && interrupt_tick(call.interrupt)) return;
+        if (i < panel_parts) {
+          perform({BackTask::kWeights, 0, c, i}, worker);
+        } else {
+          perform({BackTask::kInputs, 0, c, i - panel_parts}, worker);
+        }
+      }
     });
   };
-  const auto back_through_chunk = [&](int64_t c) {
-    back_through_steps(c);
-    run(D * panel_parts, [&](int task) {
-      const int part = task % panel_parts;
-      k.weight_gradients[kind](args[static_cast<size_t>(task / panel_parts)], c,
-                               cut(P, panel_parts, part), cut(P, panel_parts, part + 1));
+  const auto back_through_chunks = [&](int64_t first, int64_t end) {
+    if (team_members > 1) {
+      for (int64_t c = end - 1; c >= first; --c) back_as_team(c);
+      return;
+    }
+    BackTasks tasks({first, end, D, step_parts, panel_parts, want_dx ? dx_parts : 0, copies});
+    run(threads, [&](int worker) {
+      BackTask task;
+      while (!tasks.finished()) {
+        if (call.interrupt != nullptr && interrupt_tick(call.interrupt)) return;
+        if (!tasks.take(&task)) {
+          std::this_thread::yield();
+          continue;
+        }
+        perform(task, worker);
+        tasks.done(task);
+      }
     });
-    if (!want_dx) return;
-    const int64_t last = s.chunk_begin[c + 1] - 1, count = s.row_of_step[last] + s.active[last];
-    for (int d = 0; d < D; ++d)  // one after the other: both add to dx
-      run(dx_parts, [&](int part) {
-        const int64_t r0 = cut(count, dx_parts, part), r1 = cut(count, dx_parts, part + 1);
-        if (r0 < r1)
-          k.input_gradients[kind](args[static_cast<size_t>(d)], c, r0, r1,
-                                  dx_scratch.template data<T>() + part * dx_rows * X * W);
-      });
   };
 
   if (checkpoint_every == 0) {
-    for (int64_t c = s.chunks - 1; c >= 0; --c) back_through_chunk(c);
+    back_through_chunks(0, s.chunks);
   } else {
     const std::vector<int64_t>& segments = schedule.segments();
     int64_t most = 0, most_chunks = 0;
@@ -469,7 +505,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
         args[static_cast<size_t>(d)].first_chunk = first;
       }
       forward.run(first, end, call.interrupt);
-      for (int64_t c = end - 1; c >= first; --c) back_through_chunk(c);
+      back_through_chunks(first, end);
     }
   }
 
