@@ -69,7 +69,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("keeps what it should drop", "⟨>= → <⟩ threshold"),
     ],
     "cpu/gemm.h": [
-        ("first row missing from bias gradients", "k = rows - 1; k ⟨>= → >⟩ 0; --k"),
+        ("first row missing from bias gradients", "run.rows - 1; k ⟨>= → >⟩ run.row; --k"),
         ("last column of k missing", "? W : left.tail⟨ → - 1⟩;"),
     ],
     "cpu/pack.h": [
@@ -111,10 +111,11 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "⟨Cell::kTwoPhase && g == 2 ? rh_ : h_prev_ → h_prev_⟩",
         ),
         ("dy's tail ignored", "⟨dh = dh + V::load_n(dy + v, lanes - v); → ⟩"),
-        ("dW_hh from the input's slot", "outer_panels(gates_.at(⟨state_slot → in_slot⟩, r0)"),
+        ("dW_hh from the input's slot", "outer_panels(⟨dg_state → dg_in⟩, state.at"),
     ],
     "core/schedule.cc": [
         ("rows work one step past their end", "(n - 1)] ⟨<= → <⟩ k) --n;"),
+        ("a step's rows missing from sums", "{run.row, ⟨run.rows + → ⟩ runs_.back().rows}"),
     ],
     "cpu/stack.cc": [
         ("b_hh dropped", "in ⟨+ hidden → ⟩"),

@@ -96,23 +96,23 @@ class Backward {
       const int64_t in_slot = s * Cell::kSlots + Cell::kInputSlot[g],
                     state_slot = s * Cell::kSlots + Cell::kStateSlot[g];
       const Panels<T>& state = Cell::kTwoPhase && g == 2 ? rh_ : h_prev_;
-      const T *const in = gates_.at(in_slot, 0), *const dh = gates_.at(state_slot, 0);
+      const T *const dg_in = gates_.at(in_slot, 0), *const dg_state = gates_.at(state_slot, 0);
       int64_t i = 0, done = 0;  // runs, and rows of the next one
       while (i < rows_.count) {
         const Rows rows = {block, take_rows(i, done, kBlock, block)};
         for (int64_t b = 0; b < S_; b += kOuterPanels)
-          outer_panels(dh, state.at(b, 0), state.stride, outer_count(S_ - b), rows, lanes,
+          outer_panels(dg_state, state.at(b, 0), state.stride, outer_count(S_ - b), rows, lanes,
                        a_.dw_hh + (b * P + p) * W * W, P * W * W,
                        b + kOuterPanels < S_ ? ahead : 0);
         if (x_.base != nullptr)
           for (int64_t b = 0; b < X_; b += kOuterPanels)
-            outer_panels(in, x_.at(b, 0), x_.stride, outer_count(X_ - b), rows, lanes,
+            outer_panels(dg_in, x_.at(b, 0), x_.stride, outer_count(X_ - b), rows, lanes,
                          a_.dw_ih + (b * P + p) * W * W, P * W * W,
                          b + kOuterPanels < X_ ? ahead : 0);
       }
-      if (a_.input.ids != nullptr) add_to_table(in, a_.dw_ih + p * a_.I * W);
-      sum_rows(in, rows_, a_.dbias + in_slot * W);
-      if (state_slot != in_slot) sum_rows(dh, rows_, a_.dbias + state_slot * W);
+      if (a_.input.ids != nullptr) add_to_table(dg_in, a_.dw_ih + p * a_.I * W);
+      sum_rows(dg_in, rows_, a_.dbias + in_slot * W);
+      if (state_slot != in_slot) sum_rows(dg_state, rows_, a_.dbias + state_slot * W);
       if (ticker.stop(all * W * (a_.H + a_.I))) return;
     }
   }
@@ -127,7 +127,7 @@ class Backward {
       multiply_panels(
           {b, b + 4 < X_ ? b + 4 : X_}, false, rows, a_.w_ih, panel, out,
           [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
-          G * W * W);
+          G * W * W, a_.fetch_ahead);
       if (ticker.stop(rows * 4 * W * G * a_.H)) return;
     }
     for (int64_t part = 0; part < s_.parts; ++part)
@@ -254,14 +254,14 @@ class Backward {
         [&](int64_t r) {
           return gate_rows<Cell>(gates_, row + r, a_.H, Cell::kStateSlot, g0, count);
         },
-        G * W * W);
+        G * W * W, a_.fetch_ahead);
   }
 
   // From the first panel to the last, or (backwards) from the last to the first.
   template <class F>
   FASTRNN_INLINE void multiply_panels(const Blocks& panels, bool backwards, int64_t rows,
                                       const T* w, int64_t panel, const Panels<T>& out,
-                                      const F& left, int64_t group_stride) const {
+                                      const F& left, int64_t group_stride, bool ahead) const {
     const int64_t most = panels_at_once(rows < kTileRows ? static_cast<int>(rows) : kTileRows);
     const int64_t groups = (panels.end - panels.first + most - 1) / most;
     const auto first_panel = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
@@ -275,7 +275,7 @@ class Backward {
         const int64_t m = group_rows(rows - r);
         T* c[4];
         for (int i = 0; i < together; ++i) c[i] = out.at(p + i, r);
-        multiply_rows<T>(m, together, left(r), right, c, w + next * panel);
+        multiply_rows<T>(m, together, left(r), right, c, ahead ? w + next * panel : nullptr);
         r += m;
       }
     }

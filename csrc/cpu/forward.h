@@ -172,12 +172,11 @@ class Forward {
     for (int64_t p = mine_.first * G; p < end_panel; p += most) {
       const int together = static_cast<int>(end_panel - p < most ? end_panel - p : most);
       const Right<T> right = {w.base + p * w.panel_stride, w.group_stride, w.panel_stride};
-      const T* const next = right.base + (p + most < end_panel ? most * w.panel_stride : 0);
       T* out[4];
       for (int i = 0; i < together; ++i) out[i] = gates_.at(slot_panel(p + i), row);
       for (int64_t r = 0; r < n;) {
         const int64_t m = group_rows(n - r);
-        multiply_rows<T>(m, together, state_rows(x_, row + r, a_.I), right, out, next);
+        multiply_rows<T>(m, together, state_rows(x_, row + r, a_.I), right, out, nullptr);
         r += m;
         for (int i = 0; i < together; ++i) out[i] += m * W;
       }
@@ -277,7 +276,9 @@ class Forward {
         for (int i = 0; i < count; i += most) {
           const Right<T> w = {weights(s) + i * stride, W * W, stride};
           multiply_rows<T>(m, count - i < most ? count - i : most, a, w, out + i,
-                           i + most < count ? w.base + most * stride : after);
+                           !a_.fetch_ahead    ? nullptr
+                           : i + most < count ? w.base + most * stride
+                                              : after);
         }
         for (int i = 0; i < together; ++i) f(s + i, r, m);
         r += m;

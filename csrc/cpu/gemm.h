@@ -111,13 +111,10 @@ struct Tile {
   }
 };
 
-// Tiles of so many rows ask for what is read next, a line for each k, while they have arithmetic to
-// hide it behind. One with fewer rows is bound by its own loads.
-constexpr int kPrefetchRows = 3;
-
-// c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights. On the
-// way the 64 bytes times k from `ahead` on are brought into the second-level cache.
-template <class T, int ROWS, int NP>
+// c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights. With
+// AHEAD, a line is brought into the second-level cache with every k, the first from `ahead`: for
+// weights that come from beyond it. Within it, the instruction would only take the slot of another.
+template <class T, int ROWS, int NP, bool AHEAD>
 __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>& right,
                                              T* const* c, const T* ahead) {
   constexpr int W = kWidth<T>;
@@ -131,7 +128,7 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
       const T* row = w;
 #pragma GCC unroll 4
       for (int k = 0; k < n; ++k, ++a, row += W) {
-        if constexpr (ROWS >= kPrefetchRows) {
+        if constexpr (AHEAD) {
           __builtin_prefetch(ahead, 0, 2);
           ahead += kLine<T>;
         }
@@ -142,52 +139,69 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
   tile.store(c);
 }
 
-// The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time.
+// Tiles of fewer rows are bound by their own loads and fetch nothing ahead.
+constexpr int kAheadRows = 3;
+
+// The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time; `ahead`
+// may be null.
+template <class T, int ROWS, int NP>
+FASTRNN_INLINE void multiply_some(const Left<T>& left, const Right<T>& right, T* const* c,
+                                  const T* ahead) {
+  if constexpr (ROWS >= kAheadRows) {
+    if (ahead != nullptr) return multiply_tile<T, ROWS, NP, true>(left, right, c, ahead);
+  }
+  multiply_tile<T, ROWS, NP, false>(left, right, c, nullptr);
+}
+
 template <class T, int ROWS = kTileRows>
 FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Right<T>& right,
-                             T* const* c, const T* ahead) {
+                             T* const* c, const T* ahead = nullptr) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) return multiply<T, ROWS - 1>(rows, panels, left, right, c, ahead);
   }
   constexpr int most = panels_at_once(ROWS);
   if constexpr (most >= 4) {
-    if (panels == 4) return multiply_tile<T, ROWS, 4>(left, right, c, ahead);
-    if (panels == 3) return multiply_tile<T, ROWS, 3>(left, right, c, ahead);
+    if (panels == 4) return multiply_some<T, ROWS, 4>(left, right, c, ahead);
+    if (panels == 3) return multiply_some<T, ROWS, 3>(left, right, c, ahead);
   }
   if constexpr (most >= 2) {
-    if (panels == 2) return multiply_tile<T, ROWS, 2>(left, right, c, ahead);
+    if (panels == 2) return multiply_some<T, ROWS, 2>(left, right, c, ahead);
   }
-  multiply_tile<T, ROWS, 1>(left, right, c, ahead);
+  multiply_some<T, ROWS, 1>(left, right, c, ahead);
 }
 
-// Rows of a panel that a tile takes when `left` rows are to be split as evenly as possible.
-FASTRNN_INLINE int tile_rows(int64_t left) {
-  const int64_t tiles = (left + kTileRows - 1) / kTileRows;
-  return static_cast<int>((left + tiles - 1) / tiles);
+// `left` rows as evenly as possible in groups of at most `most`: the first one's. Without a
+// division, which takes as long as a few values of k, where one group is enough.
+FASTRNN_INLINE int64_t even_part(int64_t left, int64_t most) {
+  if (left <= most) return left;
+  const int64_t parts = (left + most - 1) / most;
+  return (left + parts - 1) / parts;
 }
+
+// Rows of a panel that a tile takes when `left` are to be done.
+FASTRNN_INLINE int tile_rows(int64_t left) { return static_cast<int>(even_part(left, kTileRows)); }
 
 // Rows that go through all panels of a few units together: their accumulators stay in the
 // first-level cache.
-FASTRNN_INLINE int64_t group_rows(int64_t left) {
-  constexpr int64_t kMost = 8 * kTileRows;
-  const int64_t groups = (left + kMost - 1) / kMost;
-  return (left + groups - 1) / groups;
-}
+FASTRNN_INLINE int64_t group_rows(int64_t left) { return even_part(left, 8 * kTileRows); }
 
 // Bytes of weights that all tiles of a few rows go through before the next: they stay in the
 // first-level cache.
-constexpr int64_t kBlockBytes = 32768;
+constexpr int kBlockBytes = 32768;
 
 // The same for any number of rows, which lie W apart in c as in the left operand, in blocks of k.
-// While the tiles go through a block, the next is fetched; after the last one, what begins at
+// With `next` the tiles of a block fetch the block after it; those of the last one what begins at
 // `next`, panels as far apart as the right operand's.
 template <class T>
 FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
                                   const Right<T>& right, T* const* c, const T* next) {
   constexpr int W = kWidth<T>;
-  const int64_t group = int64_t{left.per_group} * W;  // values of k
-  const int64_t fit = kBlockBytes / (group * W * panels * static_cast<int64_t>(sizeof(T)));
-  const int64_t together = rows <= kTileRows ? left.groups : fit > 1 ? fit : 1;
+  constexpr int kLines = W > kLine<T> ? W / kLine<T> : 1;  // of a row of weights
+  int64_t together = left.groups;
+  if (rows > kTileRows) {
+    const int group_bytes = left.per_group * panels * W * W * static_cast<int>(sizeof(T));
+    together = kBlockBytes > group_bytes ? kBlockBytes / group_bytes : 1;
+  }
   for (int64_t g = 0; g < left.groups; g += together) {
     const bool last = g + together >= left.groups;
     Left<T> a = left;
@@ -196,17 +210,18 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
     if (!last) a.tail = W;
     const Right<T> w = {right.base + g * right.group_stride, right.group_stride,
                         right.panel_stride};
+    // A tile fetches as many lines as it has k: every kLines-th of them begins a panel.
     const T* const after = last ? next : w.base + together * right.group_stride;
-    const int64_t ks = a.groups * group, panel = ks * W;  // elements of a panel's block
-    int64_t fetched = 0;
-    for (int64_t r = 0; r < rows;) {
+    const int64_t lines = a.groups * a.per_group * W * kLine<T>;
+    int tiles = 0;
+    for (int64_t r = 0; r < rows; ++tiles) {
       const int m = tile_rows(rows - r);
       T* out[4];
       for (int i = 0; i < panels; ++i) out[i] = c[i] + r * W;
-      const int64_t p = fetched / panel;
-      multiply<T>(m, panels, a, w, out,
-                  p < panels ? after + p * right.panel_stride + fetched % panel : w.base);
-      fetched += ks * kLine<T>;
+      const T* ahead = nullptr;
+      if (next != nullptr && tiles < panels * kLines)
+        ahead = after + tiles / kLines * right.panel_stride + tiles % kLines * lines;
+      multiply<T>(m, panels, a, w, out, ahead);
       a.base += m * W;
       r += m;
     }

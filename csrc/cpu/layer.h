@@ -126,6 +126,13 @@ inline double layer_work(const Schedule& s, CellKind kind, int64_t inputs, int64
          (static_cast<double>(inputs) + static_cast<double>(H));
 }
 
+// Whether a step's weights, or what a member of a team has of them, come from beyond its cache.
+template <class T>
+bool fetches_ahead(CellKind kind, int64_t H, int members) {
+  const int64_t bytes = cell_traits(kind).gates * H * H * static_cast<int64_t>(sizeof(T));
+  return beyond_cache(bytes / members, static_cast<int64_t>(second_level_cache_bytes()));
+}
+
 // plan_division for one layer and all its directions.
 template <class T>
 Division divide(const Kernels<T>& kernels, CellKind kind, const Schedule& s, int64_t H,
@@ -180,6 +187,7 @@ class LayerForward {
     }
     workers_ = std::min(tasks(), plan_threads(threads, work));
     rows_ = schedule.split_rows(parts_);
+    for (ForwardArgs<T>& a : directions_) a.fetch_ahead = fetches_ahead<T>(kind, a.H, team_);
     int64_t scratch = 0;
     for (const ForwardArgs<T>& a : directions_)
       for (size_t part = 0; part < static_cast<size_t>(parts_); ++part)

@@ -40,8 +40,7 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
           }
         }
       }
-      const T* const w = a.w + p * panel;
-      multiply<T>(m, together, rows, {w, W * W, panel}, c, w);
+      multiply<T>(m, together, rows, {a.w + p * panel, W * W, panel}, c);
       for (int i = 0; i < together; ++i)
         for (int row = 0; row < m; ++row)
           memcpy(a.y + (r + row) * a.stride_y + (p + i) * W, c[i] + row * W,

@@ -16,7 +16,7 @@ namespace {
 // hide in the reading, some 160 KB worth of multiply-adds a µs.
 double step_us(double rows, double bytes, int64_t l2_bytes) {
   const double reading =
-      bytes / (bytes <= 0.75 * static_cast<double>(l2_bytes) ? 65536.0 : 24576.0);
+      bytes / (beyond_cache(static_cast<int64_t>(bytes), l2_bytes) ? 24576.0 : 65536.0);
   return reading + std::max(0.0, rows - 1) * bytes / 163840.0;
 }
 

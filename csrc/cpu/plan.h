@@ -31,6 +31,10 @@ struct LayerCost {
   int64_t l2_bytes;
 };
 
+// Whether so many bytes of weights are more than stays in a core's second-level cache, beside
+// whatever else a step touches.
+constexpr bool beyond_cache(int64_t bytes, int64_t l2_bytes) { return 4 * bytes > 3 * l2_bytes; }
+
 // A part has at least 4 rows: with fewer, a row costs as much as the reading of the weights, which
 // every part repeats. A team's members read only their share of the weights, and keep it in a cache
 // that the whole would not fit; against that stand the meetings (some 0.4 µs) and

@@ -360,6 +360,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.state_rows = batch;
     a.dx = dx;
     a.dx_layout = dx_layout;
+    a.fetch_ahead = fetches_ahead<T>(spec().kind, H, team_members);
     a.w_hh = take(n_hh);
     a.w_ih = want_dx ? take(n_wide) : nullptr;
     Sums& sum = sums[static_cast<size_t>(spec().index(l, d))];
