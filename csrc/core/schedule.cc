@@ -77,17 +77,16 @@ int64_t ScheduleBuilder::number_rows(int64_t begin, int64_t end) {
       row_of_step_[static_cast<size_t>(k) * parts + part] = rows;
       rows += rows_at(k, part);
     }
-  bool first = true;  // of the chunk: runs of two chunks stay apart
   for (int64_t k = end - 1; k >= begin; --k)
     for (size_t part = parts; part-- > 0;) {
       const Run run = {row_of_step_[static_cast<size_t>(k) * parts + part], rows_at(k, part)};
       if (run.rows == 0) continue;
-      if (!first && run.row + run.rows == runs_.back().row) {
+      // Never with the chunk's before: that ends with its row 0.
+      if (!runs_.empty() && run.row + run.rows == runs_.back().row) {
         runs_.back() = {run.row, run.rows + runs_.back().rows};
       } else {
         runs_.push_back(run);
       }
-      first = false;
     }
   run_begin_.push_back(static_cast<int64_t>(runs_.size()));
   return rows;

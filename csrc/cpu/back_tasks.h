@@ -5,11 +5,12 @@
 //             the weights of the chunk whose scratch it takes over.
 //   weights   some panels of the weights' gradients. After: all steps of the chunk, and the same
 //             panels of the chunk above, since a gradient is one chain over all steps.
-//   inputs    some rows of dx. After: all steps of the chunk, and all inputs handed out before:
-//             two directions add to the same rows.
+//   inputs    some rows of dx. After: all steps of the chunk, and all inputs of the chunk and
+//             direction before: two directions add to the same rows.
 //
-// Threads take tasks as they come, the oldest chunk's first, while its slab is in cache; nobody
-// waits as long as anything can be done.
+// The tasks of a kind are handed out in order, and steps last: what is left to do of a chunk is
+// done while its slab is in cache. A thread that finds nothing of a chunk to do goes on to the one
+// below instead of waiting for the others.
 #ifndef FASTRNN_CPU_BACK_TASKS_H_
 #define FASTRNN_CPU_BACK_TASKS_H_
 

@@ -139,7 +139,7 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
   tile.store(c);
 }
 
-// Tiles of fewer rows are bound by their own loads and fetch nothing ahead.
+// Of several tiles none has fewer rows, and a single one has nothing to fetch ahead.
 constexpr int kAheadRows = 3;
 
 // The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time; `ahead`
@@ -191,7 +191,8 @@ constexpr int kBlockBytes = 32768;
 
 // The same for any number of rows, which lie W apart in c as in the left operand, in blocks of k.
 // With `next` the tiles of a block fetch the block after it; those of the last one what begins at
-// `next`, panels as far apart as the right operand's.
+// `next`, panels as far apart as the right operand's. A single tile has nothing to hide that
+// behind.
 template <class T>
 FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
                                   const Right<T>& right, T* const* c, const T* next) {
@@ -219,7 +220,7 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
       T* out[4];
       for (int i = 0; i < panels; ++i) out[i] = c[i] + r * W;
       const T* ahead = nullptr;
-      if (next != nullptr && tiles < panels * kLines)
+      if (rows > kTileRows && next != nullptr && tiles < panels * kLines)
         ahead = after + tiles / kLines * right.panel_stride + tiles % kLines * lines;
       multiply<T>(m, panels, a, w, out, ahead);
       a.base += m * W;
@@ -228,7 +229,7 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
   }
 }
 
-// The k of a product of columns: rows of panels, in runs from the last to the first.
+// The k of a product of columns: rows of panels, in runs, each from its last row to its first.
 struct Rows {
   const Run* runs;
   int64_t count;

@@ -1,9 +1,11 @@
 // The microkernel against a scalar loop, bit for bit: every output element is one chain over k in a
-// fixed order, whatever the tile, so nothing but equal bits will do. Every count of rows and panels
-// that a tile takes, every k around multiples of W, misaligned operands; whatever lies around the
-// operands is NaN, so that a value read from outside shows, and around the results a sentinel.
+// fixed order, whatever the tile, the block of k or the run of rows, so nothing but equal bits will
+// do. Every count of rows and panels that a tile takes, every k around multiples of W, misaligned
+// operands; whatever lies around the operands is NaN, so that a value read from outside shows, and
+// around the results a sentinel. What is only fetched ahead must not matter.
 #include "cpu/gemm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -18,18 +20,25 @@
 namespace {
 
 using fastrnn::LinearArgs;
+using fastrnn::Run;
 using fastrnn::FASTRNN_ISA::blocks;
+using fastrnn::FASTRNN_ISA::even_part;
+using fastrnn::FASTRNN_ISA::group_rows;
+using fastrnn::FASTRNN_ISA::kBlockBytes;
 using fastrnn::FASTRNN_ISA::kOuterPanels;
 using fastrnn::FASTRNN_ISA::kTileRows;
 using fastrnn::FASTRNN_ISA::kWidth;
 using fastrnn::FASTRNN_ISA::Left;
 using fastrnn::FASTRNN_ISA::linear;
 using fastrnn::FASTRNN_ISA::multiply;
+using fastrnn::FASTRNN_ISA::multiply_rows;
 using fastrnn::FASTRNN_ISA::outer;
 using fastrnn::FASTRNN_ISA::outer_panels;
 using fastrnn::FASTRNN_ISA::panels_at_once;
 using fastrnn::FASTRNN_ISA::Right;
+using fastrnn::FASTRNN_ISA::Rows;
 using fastrnn::FASTRNN_ISA::sum_rows;
+using fastrnn::FASTRNN_ISA::tile_rows;
 using fastrnn::FASTRNN_ISA::to_bits;
 
 #if defined(__FMA__) || defined(__aarch64__)
@@ -80,10 +89,11 @@ std::vector<T> filled(int64_t n, T value) {
 }
 
 // One product of `rows` × `panels`, k = ((groups - 1) * W + tail) * per_group; `shift` elements of
-// misalignment.
-template <class T>
-void check_multiply(int rows, int panels, int groups, int per_group, int tail, int shift,
-                    Random* random) {
+// misalignment. product(left, right, c, ahead) is asked once for each of several `ahead`, which is
+// fetched from and never read: null, an address where nothing is, the weights again, other memory.
+template <class T, class F>
+void check_product(const char* what, int64_t rows, int panels, int64_t groups, int per_group,
+                   int tail, int shift, Random* random, const F& product) {
   constexpr int W = kWidth<T>;
   const T nan = std::numeric_limits<T>::quiet_NaN();
   // Panels with one row before and two after the tile's, in an order that offset[] undoes.
@@ -96,16 +106,16 @@ void check_multiply(int rows, int panels, int groups, int per_group, int tail, i
   std::vector<T> w_memory = filled(panels * w_panel + shift, nan);
   const Right<T> right = {w_memory.data() + shift, w_group, w_panel};
 
-  const auto a_at = [&](int g, int q, int r, int k) {
+  const auto a_at = [&](int64_t g, int q, int64_t r, int k) {
     return a_memory.data() + W + shift + g * a_group + left.offset[q] + r * W + k;
   };
-  const auto w_at = [&](int g, int q, int p, int k) {
+  const auto w_at = [&](int64_t g, int q, int p, int k) {
     return w_memory.data() + shift + g * w_group + q * W * W + p * w_panel + k * W;
   };
-  for (int g = 0; g < groups; ++g)
+  for (int64_t g = 0; g < groups; ++g)
     for (int q = 0; q < per_group; ++q)
       for (int k = 0; k < (g + 1 < groups ? W : tail); ++k) {
-        for (int r = 0; r < rows; ++r) *a_at(g, q, r, k) = random->next<T>();
+        for (int64_t r = 0; r < rows; ++r) *a_at(g, q, r, k) = random->next<T>();
         for (int p = 0; p < panels; ++p) random->fill(w_at(g, q, p, k), W);
       }
 
@@ -117,18 +127,33 @@ void check_multiply(int rows, int panels, int groups, int per_group, int tail, i
     c[p] = c_memory.data() + shift + p * c_panel + W;
     random->fill(c[p], rows * W);
   }
-  std::vector<T> expected = c_memory;
+  const std::vector<T> before = c_memory;
+  std::vector<T> expected = before;
   for (int p = 0; p < panels; ++p)
-    for (int r = 0; r < rows; ++r)
-      for (int lane = 0; lane < W; ++lane) {
-        T& sum = expected[static_cast<std::size_t>(shift + p * c_panel + (r + 1) * W + lane)];
-        for (int g = 0; g < groups; ++g)
-          for (int q = 0; q < per_group; ++q)
-            for (int k = 0; k < (g + 1 < groups ? W : tail); ++k)
-              sum = link(*a_at(g, q, r, k), w_at(g, q, p, k)[lane], sum);
-      }
-  multiply<T>(rows, panels, left, right, c);
-  check_bits(c_memory, expected, "multiply");
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const sum = expected.data() + shift + p * c_panel + (r + 1) * W;
+      for (int64_t g = 0; g < groups; ++g)
+        for (int q = 0; q < per_group; ++q)
+          for (int k = 0; k < (g + 1 < groups ? W : tail); ++k)
+            for (int lane = 0; lane < W; ++lane)
+              sum[lane] = link(*a_at(g, q, r, k), w_at(g, q, p, k)[lane], sum[lane]);
+    }
+  const std::vector<T> other = filled(W, nan);
+  const T* const nowhere = reinterpret_cast<const T*>(uintptr_t{64});
+  for (const T* ahead : {static_cast<const T*>(nullptr), nowhere, right.base, other.data()}) {
+    std::copy(before.begin(), before.end(), c_memory.begin());
+    product(left, right, c, ahead);
+    check_bits(c_memory, expected, what);
+  }
+}
+
+template <class T>
+void check_multiply(int rows, int panels, int groups, int per_group, int tail, int shift,
+                    Random* random) {
+  check_product<T>("multiply", rows, panels, groups, per_group, tail, shift, random,
+                   [&](const Left<T>& left, const Right<T>& right, T* const* c, const T* ahead) {
+                     multiply<T>(rows, panels, left, right, c, ahead);
+                   });
 }
 
 template <class T>
@@ -146,56 +171,176 @@ void test_multiply() {
     }
 }
 
-// c[p] [W][W] += aᵀ b[p], k descending; columns of a past `lanes` are NaN and their rows of c
+template <class T>
+void check_multiply_rows(int64_t rows, int panels, int64_t groups, int per_group, int tail,
+                         Random* random) {
+  check_product<T>("multiply_rows", rows, panels, groups, per_group, tail, tail % 2, random,
+                   [&](const Left<T>& left, const Right<T>& right, T* const* c, const T* next) {
+                     multiply_rows<T>(rows, panels, left, right, c, next);
+                   });
+}
+
+// Any number of rows; k that is a part of a block, just one, one and a group, two and two groups.
+template <class T>
+void test_multiply_rows() {
+  constexpr int W = kWidth<T>;
+  Random random;
+  for (int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 47, 48, 49, 100}) {
+    const int most = panels_at_once(static_cast<int>(std::min<int64_t>(rows, kTileRows)));
+    for (int panels = 1; panels <= most; ++panels)
+      for (int per_group = 1; per_group <= 4; ++per_group) {
+        const int64_t bytes = int64_t{per_group} * panels * W * W * static_cast<int>(sizeof(T));
+        const int64_t block = std::max<int64_t>(1, kBlockBytes / bytes);  // groups
+        check_multiply_rows<T>(rows, panels, 1, per_group, 1 + per_group % W, &random);
+        check_multiply_rows<T>(rows, panels, block, per_group, W, &random);
+        check_multiply_rows<T>(rows, panels, block + 1, per_group, 1, &random);
+        check_multiply_rows<T>(rows, panels, block + 1, per_group, W, &random);
+        check_multiply_rows<T>(rows, panels, 2 * block + 2, per_group, W - 1, &random);
+      }
+  }
+}
+
+// take(left) cuts n rows into pieces of at most `most`: no more of them than it takes, and no two
+// that differ by more than a row. Any piece has room for the panels chosen by the rows as a whole.
+template <class F>
+void check_cut(int64_t n, int64_t most, const F& take) {
+  int64_t left = n, pieces = 0, least = n, largest = 0;
+  while (left > 0) {
+    const int64_t piece = take(left);
+    CHECK(piece >= 1 && piece <= left);
+    if (piece < 1) return;
+    left -= piece;
+    ++pieces;
+    least = std::min(least, piece);
+    largest = std::max(largest, piece);
+  }
+  CHECK_EQ(left, 0);
+  CHECK_EQ(pieces, (n + most - 1) / most);
+  CHECK(largest <= most);
+  CHECK(largest - least <= 1);
+  const auto panels = [](int64_t rows) {
+    return panels_at_once(static_cast<int>(std::min<int64_t>(rows, kTileRows)));
+  };
+  CHECK(panels(largest) >= panels(n) && panels(least) >= panels(n));
+}
+
+void test_cuts_of_rows() {
+  for (int64_t n = 1; n <= 1000; ++n) {
+    for (int64_t most : {1, 2, 3, 7, 20, 1000})
+      check_cut(n, most, [most](int64_t left) { return even_part(left, most); });
+    check_cut(n, kTileRows, [](int64_t left) { return tile_rows(left); });
+    check_cut(n, 8 * kTileRows, [](int64_t left) { return group_rows(left); });
+  }
+}
+
+// Rows of a panel that are runs, and gaps between them.
+struct RunsCase {
+  int64_t rows = 0;  // of the panel, those of the gaps included
+  std::vector<Run> runs;
+
+  Rows get() const { return {runs.data(), static_cast<int64_t>(runs.size())}; }
+
+  // f(k) for every row of every run, in the order of the chain.
+  template <class F>
+  void for_each(const F& f) const {
+    for (const Run& run : runs)
+      for (int64_t k = run.row + run.rows - 1; k >= run.row; --k) f(k);
+  }
+};
+
+// Runs of so many rows each, `gap` rows apart (-1: by turns 0, 1, 2 and 3), the first run the one
+// that lies last.
+RunsCase runs_of(const std::vector<int64_t>& rows, int64_t gap) {
+  RunsCase result;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    result.rows += gap >= 0 ? gap : static_cast<int64_t>(i % 4);
+    result.runs.insert(result.runs.begin(), {result.rows, rows[i]});
+    result.rows += rows[i];
+  }
+  result.rows += 2;
+  return result;
+}
+
+std::vector<RunsCase> runs_cases() {
+  std::vector<RunsCase> cases = {{2, {}}};
+  for (int64_t n : {0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64}) cases.push_back(runs_of({n}, n % 3));
+  for (int64_t gap : {-1, 0, 1, 5})
+    for (const std::vector<int64_t>& rows : std::vector<std::vector<int64_t>>{
+             {1, 1}, {1, 4}, {4, 1}, {3, 1, 2}, {5, 8, 1, 13}, {1, 1, 1, 1, 1, 1, 1}, {40, 3, 17}})
+      cases.push_back(runs_of(rows, gap));
+  // A slab in parts: by turns a run of either half, each half from its end.
+  RunsCase halves;
+  halves.rows = 30;
+  for (int64_t step = 4; step >= 0; --step) {
+    halves.runs.push_back({15 + 2 * step, 2});
+    halves.runs.push_back({3 * step, 3 - step / 4});
+  }
+  cases.push_back(halves);
+  return cases;
+}
+
+// c[p] [W][W] += aᵀ b[p], k as the runs go; columns of a past `lanes` are NaN and their rows of c
 // untouched.
 template <class T>
 void test_outer_panels() {
   constexpr int W = kWidth<T>;
+  const T nan = std::numeric_limits<T>::quiet_NaN();
   Random random;
-  for (int panels = 1; panels <= kOuterPanels; ++panels)
-    for (int rows : {0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 64})
+  for (const RunsCase& runs : runs_cases())
+    for (int panels = 1; panels <= kOuterPanels; ++panels)
       for (int lanes = 1; lanes <= W; ++lanes) {
-        const int shift = lanes % 2, b_stride = (rows + 1) * W, c_stride = (W + 3) * W;
-        std::vector<T> a = filled(rows * W + shift, std::numeric_limits<T>::quiet_NaN());
-        std::vector<T> b = filled(panels * b_stride + shift, std::numeric_limits<T>::quiet_NaN());
+        const int shift = lanes % 2;
+        const int64_t b_stride = (runs.rows + 1) * W, c_stride = (W + 3) * W;
+        std::vector<T> a = filled(runs.rows * W + shift, nan);
+        std::vector<T> b = filled(panels * b_stride + shift, nan);
         std::vector<T> c = filled((panels * (W + 3) + 1) * W + shift, T(kSentinel));
         T *const a0 = a.data() + shift, *const b0 = b.data() + shift,
                  *const c0 = c.data() + shift + W;
-        for (int k = 0; k < rows; ++k) random.fill(a0 + k * W, lanes);
-        for (int p = 0; p < panels; ++p) {
-          random.fill(b0 + p * b_stride, rows * W);
-          random.fill(c0 + p * c_stride, lanes * W);
-        }
+        runs.for_each([&](int64_t k) {
+          random.fill(a0 + k * W, lanes);
+          for (int p = 0; p < panels; ++p) random.fill(b0 + p * b_stride + k * W, W);
+        });
+        for (int p = 0; p < panels; ++p) random.fill(c0 + p * c_stride, lanes * W);
         std::vector<T> expected = c;
         for (int p = 0; p < panels; ++p)
-          for (int i = 0; i < lanes; ++i)
-            for (int j = 0; j < W; ++j) {
-              T& sum = expected[static_cast<std::size_t>(shift + p * c_stride + (i + 1) * W + j)];
-              for (int k = rows - 1; k >= 0; --k)
-                sum = link(a0[k * W + i], b0[p * b_stride + k * W + j], sum);
-            }
-        outer_panels(a0, b0, b_stride, panels, rows, lanes, c0, c_stride);
+          for (int i = 0; i < lanes; ++i) {
+            T* const sum = expected.data() + shift + p * c_stride + (i + 1) * W;
+            runs.for_each([&](int64_t k) {
+              for (int j = 0; j < W; ++j)
+                sum[j] = link(a0[k * W + i], b0[p * b_stride + k * W + j], sum[j]);
+            });
+          }
+        const int64_t ahead = lanes % 3 == 0 ? 0 : lanes % 3 == 1 ? panels * c_stride : 1 << 20;
+        outer_panels(a0, b0, b_stride, panels, runs.get(), lanes, c0, c_stride, ahead);
         check_bits(c, expected, "outer_panels");
       }
 }
 
 template <class T>
-void test_sum_rows() {
+void check_sum_rows(const RunsCase& runs, int shift, Random* random) {
   constexpr int W = kWidth<T>;
+  std::vector<T> a = filled(runs.rows * W + shift, std::numeric_limits<T>::quiet_NaN());
+  std::vector<T> sum = filled(3 * W + shift, T(kSentinel));
+  runs.for_each([&](int64_t k) { random->fill(a.data() + shift + k * W, W); });
+  random->fill(sum.data() + shift + W, W);
+  std::vector<T> expected = sum;
+  runs.for_each([&](int64_t k) {
+    for (int j = 0; j < W; ++j)
+      expected[static_cast<std::size_t>(shift + W + j)] +=
+          a[static_cast<std::size_t>(shift + k * W + j)];
+  });
+  sum_rows(a.data() + shift, runs.get(), sum.data() + shift + W);
+  check_bits(sum, expected, "sum_rows");
+}
+
+template <class T>
+void test_sum_rows() {
   Random random;
-  for (int rows = 0; rows <= 20; ++rows)
-    for (int shift = 0; shift <= 2; ++shift) {
-      std::vector<T> a = filled(rows * W + shift, T(0)), sum = filled(3 * W + shift, T(kSentinel));
-      random.fill(a.data() + shift, rows * W);
-      random.fill(sum.data() + shift + W, W);
-      std::vector<T> expected = sum;
-      for (int j = 0; j < W; ++j)
-        for (int k = rows - 1; k >= 0; --k)
-          expected[static_cast<std::size_t>(shift + W + j)] +=
-              a[static_cast<std::size_t>(shift + k * W + j)];
-      sum_rows(a.data() + shift, rows, sum.data() + shift + W);
-      check_bits(sum, expected, "sum_rows");
-    }
+  for (int shift = 0; shift <= 2; ++shift) {
+    for (int64_t rows = 0; rows <= 20; ++rows)
+      check_sum_rows<T>(runs_of({rows}, 0), shift, &random);
+    for (const RunsCase& runs : runs_cases()) check_sum_rows<T>(runs, shift, &random);
+  }
 }
 
 // The linear layer: y = bias + Σ_k x w, k ascending, any range of rows; and its weight gradient.
@@ -231,7 +376,7 @@ void test_linear() {
         check_bits(y, expected, "linear");
       }
 
-  const int64_t P = 3, K_blocks = 2, rows = 5, panel_rows = 7;
+  const int64_t P = 3, K_blocks = 3, rows = 5, panel_rows = 7;
   std::vector<T> dy = filled(P * panel_rows * W, T(0)), x = filled(K_blocks * panel_rows * W, T(0));
   random.fill(dy.data(), P * panel_rows * W);
   random.fill(x.data(), K_blocks * panel_rows * W);
@@ -260,6 +405,7 @@ void test_linear() {
 template <class T>
 void test_all() {
   test_multiply<T>();
+  test_multiply_rows<T>();
   test_outer_panels<T>();
   test_sum_rows<T>();
   test_linear<T>();
@@ -268,6 +414,7 @@ void test_all() {
 }  // namespace
 
 int main() {
+  test_cuts_of_rows();
   test_all<float>();
   test_all<double>();
   return check_report();

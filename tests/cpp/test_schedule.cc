@@ -1,6 +1,7 @@
 // The schedule of a ragged batch against its definition (core/args.h, core/schedule.h), computed
-// the slow way: who is at work when, where each row of each step lies, how steps are cut into
-// chunks and segments, how rows are shared among threads. Edge cases first, then random lengths.
+// the slow way: who is at work when, where each row of each step lies and in which order gradients
+// visit them, how steps are cut into chunks and segments, how rows are shared among threads. Edge
+// cases first, then random lengths; slabs in one to four parts.
 #include "core/schedule.h"
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 namespace {
 
 using fastrnn::padded_rows;
+using fastrnn::Run;
 using fastrnn::Schedule;
 using fastrnn::ScheduleBuilder;
 
@@ -44,6 +46,50 @@ void check_steps(const Schedule& s, const Ints& lengths) {
              std::count_if(lengths.begin(), lengths.end(), [k](int64_t n) { return n > k; }));
 }
 
+// The rows of a chunk are numbered part after part, in a part step after step, without gaps: so
+// every step of every row has a place, and no two have the same. Returns how many there are.
+int64_t check_places(const Schedule& s, int64_t begin, int64_t end) {
+  int64_t rows = 0;
+  for (int64_t part = 0; part < s.parts; ++part)
+    for (int64_t k = begin; k < end; ++k) {
+      CHECK_EQ(s.row_of_step[k * s.parts + part], rows);
+      for (int64_t j = s.part_begin[part]; j < s.part_begin[part + 1]; ++j) rows += s.length[j] > k;
+    }
+  return rows;
+}
+
+int64_t place_of(const Schedule& s, int64_t k, int64_t j) {
+  int64_t part = 0;
+  while (j >= s.part_begin[part + 1]) ++part;
+  return s.row_of_step[k * s.parts + part] + j - s.part_begin[part];
+}
+
+// The runs of a chunk visit its places from the last step and row to the first, each run from its
+// last row on, and are as few as that order allows.
+void check_runs(const Schedule& s, int64_t chunk, int64_t begin, int64_t end) {
+  Ints places;
+  for (int64_t k = end - 1; k >= begin; --k)
+    for (int64_t j = s.batch - 1; j >= 0; --j)
+      if (s.length[j] > k) places.push_back(place_of(s, k, j));
+  const Run* const first = s.runs + s.run_begin[chunk];
+  const Run* const last = s.runs + s.run_begin[chunk + 1];
+  CHECK(first < last);
+  if (s.parts == 1) CHECK_EQ(last - first, 1);
+  Ints visited;
+  for (const Run* run = first; run < last; ++run) {
+    CHECK(run->rows > 0);
+    for (int64_t row = run->row + run->rows - 1; row >= run->row; --row) visited.push_back(row);
+    CHECK(run == first || run->row + run->rows != run[-1].row);  // else they are one
+  }
+  CHECK(visited == places);
+}
+
+void check_parts(const ScheduleBuilder& builder, int parts) {
+  const Schedule& s = builder.get();
+  CHECK_EQ(s.parts, parts);
+  CHECK(Ints(s.part_begin, s.part_begin + parts + 1) == builder.split_rows(parts));
+}
+
 void check_chunks(const ScheduleBuilder& builder, const Ints& lengths, int64_t chunk_rows,
                   int64_t segment) {
   const Schedule& s = builder.get();
@@ -51,8 +97,9 @@ void check_chunks(const ScheduleBuilder& builder, const Ints& lengths, int64_t c
   // next multiple of `segment`, or with the last step.
   const int64_t batch = std::max<int64_t>(1, s.batch);
   const int64_t per_chunk = std::max<int64_t>(1, chunk_rows / batch);
-  int64_t begin = 0, before = 0, most = 0, chunk = 0;
+  int64_t begin = 0, before = 0, most = 0, most_steps = 0, chunk = 0;
   Ints segments = {0};
+  CHECK_EQ(s.run_begin[0], 0);
   while (begin < s.steps) {
     int64_t end = begin + 1;
     while (end < s.steps && end - begin < per_chunk && (segment == 0 || end % segment != 0)) ++end;
@@ -61,18 +108,15 @@ void check_chunks(const ScheduleBuilder& builder, const Ints& lengths, int64_t c
     CHECK_EQ(s.chunk_begin[chunk], begin);
     CHECK_EQ(s.chunk_begin[chunk + 1], end);
 
-    // The rows of a chunk are numbered step after step, without gaps.
-    int64_t rows = 0;
-    for (int64_t k = begin; k < end; ++k) {
-      CHECK_EQ(s.row_of_step[k], rows);
-      rows += s.active[k];
-    }
+    const int64_t rows = check_places(s, begin, end);
+    check_runs(s, chunk, begin, end);
     CHECK(rows > 0);
     CHECK_EQ(s.rows[chunk], padded_rows(rows));
     CHECK_EQ(s.rows_before[chunk], before);
     before += s.rows[chunk];
     CHECK_EQ(s.rows_before[chunk + 1], before);
     most = std::max(most, s.rows[chunk]);
+    most_steps = std::max(most_steps, end - begin);
     ++chunk;
     if (end == s.steps || (segment > 0 && end % segment == 0)) segments.push_back(chunk);
     begin = end;
@@ -81,6 +125,7 @@ void check_chunks(const ScheduleBuilder& builder, const Ints& lengths, int64_t c
   CHECK_EQ(s.chunk_begin[s.chunks], s.steps);
   CHECK_EQ(s.rows_before[0], 0);
   CHECK_EQ(s.max_rows, most);
+  CHECK_EQ(s.max_steps, most_steps);
   CHECK(builder.segments() == segments);
   if (segment > 0)  // segment i begins at step i * segment
     for (std::size_t i = 0; i + 1 < segments.size(); ++i)
@@ -110,21 +155,29 @@ void check_split(const ScheduleBuilder& builder) {
   }
 }
 
+constexpr int kMostParts = 4;
+
 void check_schedule(const Ints& lengths, int64_t T, int64_t chunk_rows, int64_t segment) {
-  const ScheduleBuilder builder(T, static_cast<int64_t>(lengths.size()), lengths.data(), chunk_rows,
-                                segment);
-  check_steps(builder.get(), lengths);
-  check_chunks(builder, lengths, chunk_rows, segment);
-  check_split(builder);
+  for (int parts = 1; parts <= kMostParts; ++parts) {
+    const ScheduleBuilder builder(T, static_cast<int64_t>(lengths.size()), lengths.data(),
+                                  chunk_rows, segment, parts);
+    check_steps(builder.get(), lengths);
+    check_parts(builder, parts);
+    check_chunks(builder, lengths, chunk_rows, segment);
+    check_split(builder);
+  }
 }
 
 // Without lengths every row has T steps, and the order is the caller's.
 void check_full(int64_t T, int64_t B, int64_t chunk_rows, int64_t segment) {
-  const ScheduleBuilder builder(T, B, nullptr, chunk_rows, segment);
-  const Ints lengths(static_cast<std::size_t>(B), T);
-  check_steps(builder.get(), lengths);
-  check_chunks(builder, lengths, chunk_rows, segment);
-  check_split(builder);
+  for (int parts = 1; parts <= kMostParts; ++parts) {
+    const ScheduleBuilder builder(T, B, nullptr, chunk_rows, segment, parts);
+    const Ints lengths(static_cast<std::size_t>(B), T);
+    check_steps(builder.get(), lengths);
+    check_parts(builder, parts);
+    check_chunks(builder, lengths, chunk_rows, segment);
+    check_split(builder);
+  }
 }
 
 void test_edges() {
@@ -159,6 +212,27 @@ void test_split_of_equal_rows() {
   CHECK(ragged.split_rows(2) == Ints({0, 1, 11}));
 }
 
+// Written out, for two rows of three steps and two of one in two parts of about the same work: the
+// first row, and the three others.
+void test_runs() {
+  const Ints lengths = {3, 1, 3, 1};
+  const ScheduleBuilder builder(3, 4, lengths.data(), 256, 0, 2);
+  const Schedule& s = builder.get();
+  CHECK(builder.split_rows(2) == Ints({0, 1, 4}));
+  // Part 0: row 0 in steps 0, 1, 2. Part 1: rows 1 to 3 in step 0, then row 1 in steps 1 and 2.
+  CHECK(Ints(s.row_of_step, s.row_of_step + 6) == Ints({0, 3, 1, 6, 2, 7}));
+  CHECK_EQ(s.run_begin[1], 6);
+  const Ints first_rows = {7, 2, 6, 1, 3, 0}, rows = {1, 1, 1, 1, 3, 1};
+  for (std::size_t i = 0; i < 6; ++i) {
+    CHECK_EQ(s.runs[i].row, first_rows[i]);
+    CHECK_EQ(s.runs[i].rows, rows[i]);
+  }
+  // In chunks of one step its parts lie one after the other.
+  const ScheduleBuilder steps(3, 4, lengths.data(), 1, 0, 2);
+  CHECK_EQ(steps.get().chunks, 3);
+  for (int64_t c = 0; c <= 3; ++c) CHECK_EQ(steps.get().run_begin[c], c);
+}
+
 void test_random() {
   std::mt19937 random(5);
   const auto below = [&random](int64_t n) {
@@ -179,6 +253,7 @@ int main() {
   test_edges();
   test_padding();
   test_split_of_equal_rows();
+  test_runs();
   test_random();
   return check_report();
 }
