@@ -296,6 +296,8 @@ def rests(sizes: Sizes, call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def two_threads(sizes: Sizes) -> Iterator[Property]:
+    name = "two threads: times as fast as one, "
+    yield second_processor(sizes, f"{name}the machine's multiply-adds")
     T, B, H, one = sizes.T, sizes.B, sizes.H, sizes.one_row
     plain, both = fastrnn.LSTM(H, H), fastrnn.LSTM(H, H, bidirectional=True)
     deep = fastrnn.LSTM(H, H, 3)
@@ -326,12 +328,25 @@ def two_threads(sizes: Sizes) -> Iterator[Property]:
             partial(inference, deep, row),
         ),
     ):
-        name = f"two threads: times as fast as one, {what}"
         if _core.available_threads() < 2:
-            yield Property(name, None, ("≥", bound), ONE_THREAD)
+            yield Property(name + what, None, ("≥", bound), ONE_THREAD)
             continue
         times = in_turn(sizes, {count: call(threads=count) for count in (1, 2)})
-        yield Property(name, part_of(times, 1, 2), ("≥", bound), how)
+        yield Property(name + what, part_of(times, 1, 2), ("≥", bound), how)
+
+
+def second_processor(sizes: Sizes, name: str) -> Property:
+    """What a second thread can bring at most: two processors may be one core's."""
+    if _core.available_threads() < 2:
+        return Property(name, None, None, ONE_THREAD)
+
+    def rate(threads: int) -> float:
+        settle()
+        return float(_core.measure_limits(threads, seconds=sizes.seconds)["gflops"])
+
+    ratios = [1 / rate(1) * rate(2) for _ in range(sizes.rounds)]
+    how = f"{sizes.rounds} rounds, the least {min(ratios):.2f}, the most {max(ratios):.2f}"
+    return Property(name, statistics.median(ratios), None, how)
 
 
 ONE_THREAD = "not measured: this process may use one thread"

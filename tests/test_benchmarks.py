@@ -45,7 +45,7 @@ def test_quick_run_writes_page_data_and_pictures(tmp_path: Path) -> None:
     for key in ("date", "processor", "threads", "instruction set in use"):
         assert data["machine"][key]
 
-    assert len(data["properties"]) == 20
+    assert len(data["properties"]) == 21
     assert all(math.isfinite(line["value"] or 0) for line in data["properties"])
     assert data["since"] is None
 
