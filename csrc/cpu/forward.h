@@ -255,8 +255,10 @@ class Forward {
     const int group = most < kMost ? most : kMost;
     const int64_t panel = a_.H * W, stride = COUNT == 1 ? G * panel : panel;
     const int64_t groups = (mine_.end - mine_.first + group - 1) / group;
+    const auto in_turn = [&](int64_t i, int64_t all)
+                             FASTRNN_INLINE_LAMBDA { return k % 2 == 0 ? i : all - 1 - i; };
     const auto superblock = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
-      return mine_.first + (k % 2 == 0 ? turn : groups - 1 - turn) * group;
+      return mine_.first + in_turn(turn, groups) * group;
     };
     const auto weights = [&](int64_t s) FASTRNN_INLINE_LAMBDA {
       return a_.weights.w_hh + (s * G + g0) * panel;
@@ -273,12 +275,15 @@ class Forward {
           out[i] =
               gates_.at((s + i / COUNT) * Cell::kSlots + Cell::kStateSlot[g0 + i % COUNT], row + r);
         const Left<T> a = state_rows(left, r, a_.H);
-        for (int i = 0; i < count; i += most) {
+        const int calls = (count + most - 1) / most;
+        for (int call = 0; call < calls; ++call) {
+          const int i = static_cast<int>(in_turn(call, calls)) * most;
           const Right<T> w = {weights(s) + i * stride, W * W, stride};
+          const T* const next = call + 1 == calls ? after
+                                : k % 2 == 0      ? w.base + most * stride
+                                                  : w.base - most * stride;
           multiply_rows<T>(m, count - i < most ? count - i : most, a, w, out + i,
-                           !a_.fetch_ahead    ? nullptr
-                           : i + most < count ? w.base + most * stride
-                                              : after);
+                           a_.fetch_ahead ? next : nullptr);
         }
         for (int i = 0; i < together; ++i) f(s + i, r, m);
         r += m;

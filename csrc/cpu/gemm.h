@@ -198,11 +198,9 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
                                   const Right<T>& right, T* const* c, const T* next) {
   constexpr int W = kWidth<T>;
   constexpr int kLines = W > kLine<T> ? W / kLine<T> : 1;  // of a row of weights
-  int64_t together = left.groups;
-  if (rows > kTileRows) {
-    const int group_bytes = left.per_group * panels * W * W * static_cast<int>(sizeof(T));
-    together = kBlockBytes > group_bytes ? kBlockBytes / group_bytes : 1;
-  }
+  if (rows <= kTileRows) return multiply<T>(static_cast<int>(rows), panels, left, right, c);
+  const int group_bytes = left.per_group * panels * W * W * static_cast<int>(sizeof(T));
+  const int64_t together = kBlockBytes > group_bytes ? kBlockBytes / group_bytes : 1;
   for (int64_t g = 0; g < left.groups; g += together) {
     const bool last = g + together >= left.groups;
     Left<T> a = left;
@@ -220,7 +218,7 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
       T* out[4];
       for (int i = 0; i < panels; ++i) out[i] = c[i] + r * W;
       const T* ahead = nullptr;
-      if (rows > kTileRows && next != nullptr && tiles < panels * kLines)
+      if (next != nullptr && tiles < panels * kLines)
         ahead = after + tiles / kLines * right.panel_stride + tiles % kLines * lines;
       multiply<T>(m, panels, a, w, out, ahead);
       a.base += m * W;
