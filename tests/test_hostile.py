@@ -1049,6 +1049,52 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 
 
 @needs_fork
+@pytest.mark.parametrize("what", ["rows", "layers", "training"])
+def test_42_fork_by_a_signal_handler_in_a_parallel_call(what: str) -> None:
+    """The child cannot finish the call, since the threads are not there; the parent does."""
+    survives(
+        FORKS
+        + f"""
+import signal
+deep = fastrnn.LSTM(256, 256, 3, rng=0).freeze()
+flat = fastrnn.LSTM(256, 256, rng=0)
+row, rows = np.ones((20000, 1, 256), "f"), np.ones((1000, 32, 256), "f")
+y, _, tape = flat.forward(rows)
+calls = {{
+    "rows": lambda: flat(rows),
+    "layers": lambda: deep(row),
+    "training": lambda: tape.backward(y),
+}}
+pid = None
+def fork(*_):
+    global pid
+    if pid is None:
+        pid = os.fork()
+signal.signal(signal.SIGALRM, fork)
+signal.setitimer(signal.ITIMER_REAL, 0.03)
+try:
+    calls[{what!r}]()
+except RuntimeError as error:
+    os._exit(0 if pid == 0 and "forked" in str(error) else 1)
+if pid == 0:
+    os._exit(2)  # finished without the other thread?
+assert pid is not None, "the call was over before the signal"
+for _ in range(200):
+    done, status = os.waitpid(pid, os.WNOHANG)
+    if done:
+        break
+    time.sleep(0.05)
+else:
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+    sys.exit("the child hangs")
+assert os.waitstatus_to_exitcode(status) in (0, 2), status
+check()
+"""
+    )
+
+
+@needs_fork
 def test_43_inherited_objects_are_destroyed_in_the_child() -> None:
     """Layers, frozen networks, streams and tapes; the child ends as an interpreter does."""
     survives(

@@ -113,8 +113,8 @@ struct ForwardArgs {
   LayerInput<T> input;
   ResetMask reset;
   PackedLayer<T> weights;
-  bool fetch_ahead;  // W_hh, or a team member's part of it, is more than the second-level cache
-                     // holds
+  // W_hh, or a team member's part of it, is more than the second-level cache holds.
+  bool fetch_w_hh;
   T* h;  // in: initial state, out: final state; blocked [S][state_rows][W], rows in processing
          // order
   T* c;  // the same for LSTM's c, else null
@@ -140,10 +140,10 @@ struct BackwardArgs {
   const Schedule* schedule;
   LayerInput<T> input;  // ids and dropout only: the rows themselves are on the tape
   ResetMask reset;
-  bool fetch_ahead;  // as in ForwardArgs
-  const T* w_hh;     // [S][S*G*W][W]: row k of the product with dG, in dG's order of columns
-  const T* w_ih;     // [ceil(I/W)][S*G*W][W], or null
-  const T* dy;       // (T, B, D*H), this direction's columns, or null
+  bool fetch_w_hh, fetch_w_ih;  // as in ForwardArgs
+  const T* w_hh;  // [S][S*G*W][W]: row k of the product with dG, in dG's order of columns
+  const T* w_ih;  // [ceil(I/W)][S*G*W][W], or null
+  const T* dy;    // (T, B, D*H), this direction's columns, or null
   Layout dy_layout;
   T* dh;  // in: gradient of the final state, out: of the initial one; [S][state_rows][W]
   T* dc;

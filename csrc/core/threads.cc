@@ -405,6 +405,8 @@ void parallel(int tasks, TaskFn fn, void* ctx, Interrupt* poll) {
   throw_if_stopped(poll);
 }
 
+unsigned fork_count() { return g_forks.load(); }
+
 int get_num_threads() {
   int n = g_num_threads.load(std::memory_order_relaxed);
   if (n == 0) {

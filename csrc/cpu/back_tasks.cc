@@ -1,7 +1,5 @@
 #include "cpu/back_tasks.h"
 
-#include <algorithm>
-
 namespace fastrnn {
 
 BackTasks::BackTasks(const Shape& shape)
@@ -10,46 +8,51 @@ BackTasks::BackTasks(const Shape& shape)
       unfinished_((shape.end_chunk - shape.first_chunk) * shape.directions *
                   (shape.steps + shape.weights + shape.inputs)) {
   for (int d = 0; d < shape.directions; ++d)
-    directions_.push_back({line(shape.steps), line(shape.weights)});
+    directions_.push_back({line(shape.steps), line(shape.weights), shape.end_chunk - 1});
 }
 
 BackTasks::Line BackTasks::line(int parts) const {
-  Line fresh;
-  fresh.chunk = shape_.end_chunk - 1;
-  fresh.progress.assign(static_cast<size_t>(parts), shape_.end_chunk);
-  fresh.left.assign(static_cast<size_t>(shape_.end_chunk - shape_.first_chunk), parts);
-  return fresh;
+  return {std::vector<int64_t>(static_cast<size_t>(parts), shape_.end_chunk - 1),
+          std::vector<char>(static_cast<size_t>(parts), 0),
+          std::vector<int>(static_cast<size_t>(shape_.end_chunk - shape_.first_chunk), parts)};
 }
 
 int& BackTasks::left(Line& line, int64_t chunk) const {
   return line.left[static_cast<size_t>(chunk - shape_.first_chunk)];
 }
 
-void BackTasks::advance(Line& line, int parts) {
-  if (++line.part < parts) return;
-  line.part = 0;
-  --line.chunk;
-}
-
-bool BackTasks::take_steps(int d, BackTask* task) {
-  Direction& direction = directions_[static_cast<size_t>(d)];
-  Line& steps = direction.steps;
-  if (steps.chunk < shape_.first_chunk) return false;
-  if (steps.progress[static_cast<size_t>(steps.part)] != steps.chunk + 1) return false;
-  const int64_t before = steps.chunk + shape_.copies;  // had the scratch
-  if (before < shape_.end_chunk && left(direction.weights, before) > 0) return false;
-  *task = {BackTask::kSteps, d, steps.chunk, steps.part};
-  advance(steps, shape_.steps);
+// Of all directions the part that is least advanced.
+bool BackTasks::take_steps(BackTask* task) {
+  BackTask best = {BackTask::kSteps, 0, shape_.first_chunk - 1, 0};
+  for (int d = 0; d < shape_.directions; ++d) {
+    Direction& direction = directions_[static_cast<size_t>(d)];
+    for (int part = 0; part < shape_.steps; ++part) {
+      const int64_t chunk = direction.steps.next[static_cast<size_t>(part)];
+      if (chunk <= best.chunk || direction.steps.in_hand[static_cast<size_t>(part)] != 0) continue;
+      const int64_t before = chunk + shape_.copies;  // had the scratch
+      if (before < shape_.end_chunk && left(direction.weights, before) > 0) continue;
+      best = {BackTask::kSteps, d, chunk, part};
+    }
+  }
+  if (best.chunk < shape_.first_chunk) return false;
+  *task = best;
+  Line& steps = directions_[static_cast<size_t>(best.direction)].steps;
+  steps.in_hand[static_cast<size_t>(best.part)] = 1;
   return true;
 }
 
 bool BackTasks::take_weights(int d, BackTask* task) {
   Direction& direction = directions_[static_cast<size_t>(d)];
-  Line& weights = direction.weights;
-  if (weights.chunk < shape_.first_chunk || left(direction.steps, weights.chunk) > 0) return false;
-  if (weights.progress[static_cast<size_t>(weights.part)] != weights.chunk + 1) return false;
-  *task = {BackTask::kWeights, d, weights.chunk, weights.part};
-  advance(weights, shape_.weights);
+  const int64_t chunk = direction.weight_chunk;
+  const int part = direction.weight_part;
+  if (chunk < shape_.first_chunk || left(direction.steps, chunk) > 0) return false;
+  if (direction.weights.in_hand[static_cast<size_t>(part)] != 0) return false;
+  *task = {BackTask::kWeights, d, chunk, part};
+  direction.weights.in_hand[static_cast<size_t>(part)] = 1;
+  if (++direction.weight_part == shape_.weights) {
+    direction.weight_part = 0;
+    --direction.weight_chunk;
+  }
   return true;
 }
 
@@ -70,34 +73,35 @@ bool BackTasks::take_inputs(BackTask* task) {
   return true;
 }
 
-bool BackTasks::take(BackTask* task) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+bool BackTasks::find(BackTask* task) {
   for (int d = 0; d < shape_.directions; ++d)
     if (take_weights(d, task)) return true;
-  if (take_inputs(task)) return true;
-  // The direction that is least advanced first.
-  const bool second =
-      shape_.directions > 1 && directions_[1].steps.chunk > directions_[0].steps.chunk;
-  if (take_steps(second ? 1 : 0, task)) return true;
-  return shape_.directions > 1 && take_steps(second ? 0 : 1, task);
+  return take_inputs(task) || take_steps(task);
+}
+
+bool BackTasks::take(BackTask* task, std::chrono::microseconds patience) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (find(task)) return true;
+  if (patience.count() == 0 || finished()) return false;
+  ++waiting_;
+  changed_.wait_for(lock, patience);
+  --waiting_;
+  return find(task);
 }
 
 void BackTasks::done(const BackTask& task) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  --unfinished_;
   if (task.kind == BackTask::kInputs) {
     --inputs_in_hand_;
-    return;
+  } else {
+    Direction& direction = directions_[static_cast<size_t>(task.direction)];
+    Line& line = task.kind == BackTask::kSteps ? direction.steps : direction.weights;
+    line.next[static_cast<size_t>(task.part)] = task.chunk - 1;
+    line.in_hand[static_cast<size_t>(task.part)] = 0;
+    --left(line, task.chunk);
   }
-  Direction& direction = directions_[static_cast<size_t>(task.direction)];
-  Line& line = task.kind == BackTask::kSteps ? direction.steps : direction.weights;
-  line.progress[static_cast<size_t>(task.part)] = task.chunk;
-  --left(line, task.chunk);
-}
-
-bool BackTasks::finished() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return unfinished_ == 0;
+  unfinished_.fetch_sub(1, std::memory_order_release);
+  if (waiting_ > 0) changed_.notify_all();
 }
 
 }  // namespace fastrnn

@@ -8,12 +8,16 @@
 //   inputs    some rows of dx. After: all steps of the chunk, and all inputs of the chunk and
 //             direction before: two directions add to the same rows.
 //
-// The tasks of a kind are handed out in order, and steps last: what is left to do of a chunk is
-// done while its slab is in cache. A thread that finds nothing of a chunk to do goes on to the one
-// below instead of waiting for the others.
+// Steps are handed out last, so that what is left to do of a chunk is done while its slab is in
+// cache, and of those that can be done the least advanced part's; weights and inputs in order. A
+// thread that finds nothing of a chunk to do goes on to the one below instead of waiting for the
+// others.
 #ifndef FASTRNN_CPU_BACK_TASKS_H_
 #define FASTRNN_CPU_BACK_TASKS_H_
 
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <vector>
@@ -38,36 +42,39 @@ class BackTasks {
   };
   explicit BackTasks(const Shape& shape);
 
-  // Whether there is a task that can be done now, and which. Whoever takes it says when it is done.
-  bool take(BackTask* task);
+  // Whether there is a task that can be done now, or after a wait of at most `patience`, and which.
+  // Whoever takes it says when it is done.
+  bool take(BackTask* task, std::chrono::microseconds patience = std::chrono::microseconds(0));
   void done(const BackTask& task);
-  bool finished();
+  bool finished() const { return unfinished_.load(std::memory_order_acquire) == 0; }
 
  private:
-  // The tasks of one kind are handed out in order: parts of a chunk, then those of the one below.
   struct Line {
-    int64_t chunk;                  // of the next task
-    int part = 0;                   //
-    std::vector<int64_t> progress;  // by part: the chunk that was done last
-    std::vector<int> left;          // by chunk: tasks not done yet
+    std::vector<int64_t> next;  // by part: the chunk of its next task
+    std::vector<char> in_hand;  // by part
+    std::vector<int> left;      // by chunk: tasks not done yet
   };
   struct Direction {
     Line steps, weights;
+    int64_t weight_chunk;  // of the next task of that kind
+    int weight_part = 0;
   };
 
   Line line(int parts) const;
   int& left(Line& line, int64_t chunk) const;
-  bool take_steps(int d, BackTask* task);
+  bool find(BackTask* task);
+  bool take_steps(BackTask* task);
   bool take_weights(int d, BackTask* task);
   bool take_inputs(BackTask* task);
-  static void advance(Line& line, int parts);
 
   const Shape shape_;
   std::mutex mutex_;
+  std::condition_variable changed_;
+  int waiting_ = 0;
   std::vector<Direction> directions_;
   int64_t input_chunk_;  // of the next task for dx
   int input_direction_ = 0, input_part_ = 0, inputs_in_hand_ = 0;
-  int64_t unfinished_;
+  std::atomic<int64_t> unfinished_;
 };
 
 }  // namespace fastrnn

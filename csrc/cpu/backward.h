@@ -123,12 +123,13 @@ class Backward {
     const int64_t rows = r1 - r0, panel = S_ * G * W * W;
     memset(scratch, 0, sizeof(T) * static_cast<size_t>(X_ * rows * W));
     Ticker ticker(a_.interrupt);
-    for (int64_t b = 0; b < X_; b += 4) {  // as many panels as any tile takes
+    constexpr int64_t kTogether = 16;  // panels between two looks for Ctrl-C
+    for (int64_t b = 0; b < X_; b += kTogether) {
       multiply_panels(
-          {b, b + 4 < X_ ? b + 4 : X_}, false, rows, a_.w_ih, panel, out,
+          {b, b + kTogether < X_ ? b + kTogether : X_}, false, rows, a_.w_ih, panel, out,
           [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
-          G * W * W, a_.fetch_ahead);
-      if (ticker.stop(rows * 4 * W * G * a_.H)) return;
+          G * W * W, a_.fetch_w_ih);
+      if (ticker.stop(rows * kTogether * W * G * a_.H)) return;
     }
     for (int64_t part = 0; part < s_.parts; ++part)
       for (int64_t k = begin_; k < end_; ++k) {
@@ -254,7 +255,7 @@ class Backward {
         [&](int64_t r) {
           return gate_rows<Cell>(gates_, row + r, a_.H, Cell::kStateSlot, g0, count);
         },
-        G * W * W, a_.fetch_ahead);
+        G * W * W, a_.fetch_w_hh);
   }
 
   // From the first panel to the last, or (backwards) from the last to the first.

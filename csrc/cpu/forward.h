@@ -263,11 +263,15 @@ class Forward {
     const auto weights = [&](int64_t s) FASTRNN_INLINE_LAMBDA {
       return a_.weights.w_hh + (s * G + g0) * panel;
     };
+    const auto together = [&](int64_t s) FASTRNN_INLINE_LAMBDA {
+      return static_cast<int>(mine_.end - s < group ? mine_.end - s : group);
+    };
+    const auto calls = [&](int64_t s) FASTRNN_INLINE_LAMBDA {
+      return (COUNT * together(s) + most - 1) / most;
+    };
     for (int64_t turn = 0; turn < groups; ++turn) {
       const int64_t s = superblock(turn);
-      const int together = static_cast<int>(mine_.end - s < group ? mine_.end - s : group);
-      const int count = COUNT * together;
-      const T* const after = weights(superblock(turn + 1 < groups ? turn + 1 : turn));
+      const int count = COUNT * together(s);
       for (int64_t r = 0; r < n;) {
         const int64_t m = group_rows(n - r);
         T* out[COUNT * kMost];
@@ -275,17 +279,19 @@ class Forward {
           out[i] =
               gates_.at((s + i / COUNT) * Cell::kSlots + Cell::kStateSlot[g0 + i % COUNT], row + r);
         const Left<T> a = state_rows(left, r, a_.H);
-        const int calls = (count + most - 1) / most;
-        for (int call = 0; call < calls; ++call) {
-          const int i = static_cast<int>(in_turn(call, calls)) * most;
+        // What comes next: the same units for more rows, or the next ones'.
+        const int64_t s_next = r + m < n ? s : superblock(turn + 1 < groups ? turn + 1 : turn);
+        const T* const after = weights(s_next) + in_turn(0, calls(s_next)) * most * stride;
+        for (int64_t call = 0; call < calls(s); ++call) {
+          const int i = static_cast<int>(in_turn(call, calls(s))) * most;
           const Right<T> w = {weights(s) + i * stride, W * W, stride};
-          const T* const next = call + 1 == calls ? after
-                                : k % 2 == 0      ? w.base + most * stride
-                                                  : w.base - most * stride;
+          const T* const next = call + 1 == calls(s) ? after
+                                : k % 2 == 0         ? w.base + most * stride
+                                                     : w.base - most * stride;
           multiply_rows<T>(m, count - i < most ? count - i : most, a, w, out + i,
-                           a_.fetch_ahead ? next : nullptr);
+                           a_.fetch_w_hh ? next : nullptr);
         }
-        for (int i = 0; i < together; ++i) f(s + i, r, m);
+        for (int i = 0; i < together(s); ++i) f(s + i, r, m);
         r += m;
       }
     }

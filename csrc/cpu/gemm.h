@@ -139,7 +139,7 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
   tile.store(c);
 }
 
-// Of several tiles none has fewer rows, and a single one has nothing to fetch ahead.
+// Of several tiles none has fewer rows, and a single one fetches nothing ahead (multiply_rows).
 constexpr int kAheadRows = 3;
 
 // The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time; `ahead`
@@ -186,7 +186,7 @@ FASTRNN_INLINE int tile_rows(int64_t left) { return static_cast<int>(even_part(l
 FASTRNN_INLINE int64_t group_rows(int64_t left) { return even_part(left, 8 * kTileRows); }
 
 // Bytes of weights that all tiles of a few rows go through before the next: they stay in the
-// first-level cache.
+// first-level cache, or near it.
 constexpr int kBlockBytes = 32768;
 
 // The same for any number of rows, which lie W apart in c as in the left operand, in blocks of k.

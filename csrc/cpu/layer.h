@@ -126,10 +126,10 @@ inline double layer_work(const Schedule& s, CellKind kind, int64_t inputs, int64
          (static_cast<double>(inputs) + static_cast<double>(H));
 }
 
-// Whether a step's weights, or what a member of a team has of them, come from beyond its cache.
+// Whether weights, or what a member of a team has of them, come from beyond its cache.
 template <class T>
-bool fetches_ahead(CellKind kind, int64_t H, int members) {
-  const int64_t bytes = cell_traits(kind).gates * H * H * static_cast<int64_t>(sizeof(T));
+bool fetches_ahead(CellKind kind, int64_t inputs, int64_t H, int members) {
+  const int64_t bytes = cell_traits(kind).gates * H * inputs * static_cast<int64_t>(sizeof(T));
   return beyond_cache(bytes / members, static_cast<int64_t>(second_level_cache_bytes()));
 }
 
@@ -153,13 +153,15 @@ inline int64_t fewest_chunks(const ScheduleBuilder& schedule) {
   return fewest;
 }
 
-// In how many parts of the batch training on so many threads goes through the steps.
+// In how many parts of the batch training on so many threads goes through the steps: as many as
+// the layer with the most work is worth.
 template <class T>
 int training_parts(const Kernels<T>& kernels, const StackSpec& spec,
                    const ScheduleBuilder& schedule, bool one_hot, int threads) {
   const Schedule& s = schedule.get();
-  const double work =
-      spec.directions * layer_work(s, spec.kind, one_hot ? 1 : spec.input_size(0), spec.H);
+  int64_t inputs = one_hot ? 1 : spec.input_size(0);
+  if (spec.layers > 1) inputs = std::max(inputs, spec.input_size(1));
+  const double work = spec.directions * layer_work(s, spec.kind, inputs, spec.H);
   const Division division = divide(kernels, spec.kind, s, spec.H, spec.directions, work, threads);
   return plan_turns(division.row_parts, s.batch, fewest_chunks(schedule));
 }
@@ -187,7 +189,7 @@ class LayerForward {
     }
     workers_ = std::min(tasks(), plan_threads(threads, work));
     rows_ = schedule.split_rows(parts_);
-    for (ForwardArgs<T>& a : directions_) a.fetch_ahead = fetches_ahead<T>(kind, a.H, team_);
+    for (ForwardArgs<T>& a : directions_) a.fetch_w_hh = fetches_ahead<T>(kind, a.H, a.H, team_);
     int64_t scratch = 0;
     for (const ForwardArgs<T>& a : directions_)
       for (size_t part = 0; part < static_cast<size_t>(parts_); ++part)
@@ -240,6 +242,7 @@ class LayerForward {
     };
     std::vector<Progress> progress(static_cast<size_t>(tasks()));
     for (Progress& p : progress) p.next = chunk0;
+    const unsigned forks = fork_count();
     run_parallel(workers_, interrupt, [&](int worker) {
       for (;;) {
         int64_t least = chunk1, unfinished = 0;
@@ -254,6 +257,7 @@ class LayerForward {
         }
         if (unfinished == 0) return;
         if (interrupt != nullptr && interrupt_tick(interrupt)) return;
+        if (fork_count() != forks) return;
         if (least == chunk1) {  // all in hand: one may come back unfinished
           std::this_thread::yield();
           continue;

@@ -42,7 +42,7 @@ constexpr bool beyond_cache(int64_t bytes, int64_t l2_bytes) { return 4 * bytes 
 // than it costs to gather (some 20 µs).
 Division plan_division(int threads, const LayerCost& cost);
 
-// Row parts for forward passes of at least so many chunks of steps, of which `parts` would run at
+// Row parts for passes over at least so many chunks of steps, of which `parts` would run at
 // once: half as many again, where they keep at least 8 rows each and there are chunks enough that
 // uneven turns at the end cost little (6: 5 %), so that a thread that is slower than the others
 // does less.

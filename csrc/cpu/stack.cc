@@ -86,6 +86,7 @@ void run_wavefront(std::vector<LayerForward<T>>& layers, int64_t chunks, int thr
     done[l] = 0;
     taken[l] = false;
   }
+  const unsigned forks = fork_count();
   run_parallel(threads, interrupt, [&](int) {
     while (done[L - 1].load(std::memory_order_acquire) < chunks) {
       bool worked = false;
@@ -104,6 +105,7 @@ void run_wavefront(std::vector<LayerForward<T>>& layers, int64_t chunks, int thr
         taken[l].store(false, std::memory_order_release);
       }
       if (interrupt != nullptr && interrupt_tick(interrupt)) return;
+      if (fork_count() != forks) return;
       if (!worked) std::this_thread::yield();
     }
   });

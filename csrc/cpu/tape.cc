@@ -7,6 +7,7 @@
 // steps 0, k, 2k, …, and the backward pass runs each segment forward again before it goes back
 // through it: memory O(T/k + k), same bits.
 #include <algorithm>
+#include <chrono>
 #include <stdexcept>
 
 #include "cells/dropout.h"
@@ -82,6 +83,8 @@ struct StackTape<T>::State {
         schedule(call.steps, call.batch, call.lengths, kTrainingChunkRows, call.checkpoint_every,
                  parts_for(*stack, call)) {}
 
+  // The slabs are laid out for as many parts as the forward pass's threads take; the way back has
+  // no more, whatever its own threads.
   static int parts_for(const PackedStack<T>& stack, const StackCall<T>& call) {
     const ScheduleBuilder whole(call.steps, call.batch, call.lengths, kTrainingChunkRows,
                                 call.checkpoint_every);
@@ -360,7 +363,8 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.state_rows = batch;
     a.dx = dx;
     a.dx_layout = dx_layout;
-    a.fetch_ahead = fetches_ahead<T>(spec().kind, H, team_members);
+    a.fetch_w_hh = fetches_ahead<T>(spec().kind, H, H, team_members);
+    a.fetch_w_ih = fetches_ahead<T>(spec().kind, I, H, 1);
     a.w_hh = take(n_hh);
     a.w_ih = want_dx ? take(n_wide) : nullptr;
     Sums& sum = sums[static_cast<size_t>(spec().index(l, d))];
@@ -456,16 +460,22 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
       return;
     }
     BackTasks tasks({first, end, D, step_parts, panel_parts, want_dx ? dx_parts : 0, copies});
+    const unsigned forks = fork_count();
+    constexpr int kYields = 64;  // some 20 µs; then asleep, but for a look for Ctrl-C now and then
+    constexpr std::chrono::microseconds kAtOnce{0}, kPatience{2000};
     run(threads, [&](int worker) {
       BackTask task;
-      while (!tasks.finished()) {
+      for (int misses = 0; !tasks.finished();) {
         if (call.interrupt != nullptr && interrupt_tick(call.interrupt)) return;
-        if (!tasks.take(&task)) {
+        if (fork_count() != forks) return;
+        if (tasks.take(&task, misses < kYields ? kAtOnce : kPatience)) {
+          perform(task, worker);
+          tasks.done(task);
+          misses = 0;
+        } else if (misses < kYields) {
+          ++misses;
           std::this_thread::yield();
-          continue;
         }
-        perform(task, worker);
-        tasks.done(task);
       }
     });
   };

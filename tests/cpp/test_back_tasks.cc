@@ -109,19 +109,22 @@ class History {
     return false;
   }
 
-  // The tasks that are to be handed out next and can be done now. Those of one kind and direction
-  // go from the last chunk to the first and from part to part; all inputs are one such line,
-  // whatever their direction, since the sums in dx must not depend on who was faster.
+  // The tasks that are to be handed out next and can be done now. Weights of a direction go from
+  // the last chunk to the first and from part to part; all inputs are one such line, whatever their
+  // direction, since the sums in dx must not depend on who was faster; and the steps of every part
+  // are one, since a part that is ready need not wait for another.
   std::vector<BackTask> possible() const {
     std::vector<BackTask> result;
     for (BackTask::Kind kind : kKinds)
-      for (int d = 0; d < (kind == BackTask::kInputs ? 1 : shape_.directions); ++d) {
-        const auto next = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) {
-          return entry.state == kWaiting && entry.task.kind == kind &&
-                 (kind == BackTask::kInputs || entry.task.direction == d);
-        });
-        if (next != entries_.end() && ready(next->task)) result.push_back(next->task);
-      }
+      for (int d = 0; d < (kind == BackTask::kInputs ? 1 : shape_.directions); ++d)
+        for (int part = 0; part < (kind == BackTask::kSteps ? shape_.steps : 1); ++part) {
+          const auto next = std::find_if(entries_.begin(), entries_.end(), [&](const Entry& entry) {
+            return entry.state == kWaiting && entry.task.kind == kind &&
+                   (kind == BackTask::kInputs || entry.task.direction == d) &&
+                   (kind != BackTask::kSteps || entry.task.part == part);
+          });
+          if (next != entries_.end() && ready(next->task)) result.push_back(next->task);
+        }
     return result;
   }
 
