@@ -279,9 +279,8 @@ template <class T>
 void outer_panels(const T* a, const T* b, int64_t b_stride, int panels, const Rows& rows, int lanes,
                   T* c, int64_t c_stride, int64_t ahead) {
   constexpr int W = kWidth<T>;
-  const int tiles = (lanes + kTileRows - 1) / kTileRows;
-  for (int i = 0, done = 0; i < tiles; ++i) {  // as even as possible: 16 = 6 + 5 + 5
-    const int n = (lanes - done + tiles - i - 1) / (tiles - i);
+  for (int done = 0; done < lanes;) {
+    const int n = tile_rows(lanes - done);
     T* out[kOuterPanels];
     for (int p = 0; p < panels; ++p) out[p] = c + p * c_stride + done * W;
     outer_rows<T>(n, panels, a + done, b, b_stride, rows, out, ahead);

@@ -20,8 +20,7 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
   const int64_t in = blocks(a.in, W), out = blocks(a.out, W), panel = a.in * W;
   T* const y = scratch + in * kTileRows * W;
   for (int64_t r = r0; r < r1;) {
-    const int64_t left = r1 - r, tiles = (left + kTileRows - 1) / kTileRows;
-    const int m = static_cast<int>((left + tiles - 1) / tiles);
+    const int m = tile_rows(r1 - r);
     for (int i = 0; i < m; ++i)
       put_row(a.x + (r + i) * a.stride_x, a.in, int64_t{kTileRows} * W, scratch + i * W);
     const Left<T> rows = {scratch, int64_t{kTileRows} * W,      {0, 0, 0, 0}, 1,
