@@ -15,9 +15,9 @@ using TaskFn = void (*)(void* ctx, int task);  // may throw
 
 // Runs fn(ctx, 0) … fn(ctx, tasks - 1) on up to get_num_threads() threads and returns when all have
 // ended. The caller takes part and always runs task 0; the others go in any order to whichever
-// thread is free, so tasks must not wait for each other
-// (but for what a running thread has in hand, see fork_count()). When another caller holds the
-// pool, or from within a task, everything runs on the caller.
+// thread is free, so tasks must not wait for each other, but for what a running thread has in hand
+// (see fork_count()). When another caller holds the pool, or from within a task, everything runs on
+// the caller.
 //
 // The first exception of a task is rethrown here after the running tasks have ended and the rest
 // were dropped. With `poll`, the caller polls it while it waits and between tasks; once it is

@@ -56,7 +56,7 @@ class Backward {
     for (int64_t k = end_ - 1; k >= begin_; --k) {
       const int64_t n = rows_at(s_, k, j0, j1);
       if (n == 0) continue;
-      const int64_t row = slab_row(k, share.part);
+      const int64_t row = slab_row(s_, k, share.part);
       for (int64_t s = mine.first; s < mine.end; ++s) cell_phase(k, s, row, j0, n, dh, dc);
       // Here a team meets: the products need the gradients of all units. Its members' parts of dh
       // stay apart.
@@ -126,14 +126,14 @@ class Backward {
     constexpr int64_t kTogether = 16;  // panels between two looks for Ctrl-C
     for (int64_t b = 0; b < X_; b += kTogether) {
       multiply_panels(
-          {b, b + kTogether < X_ ? b + kTogether : X_}, false, rows, a_.w_ih, panel, out,
+          0, {b, b + kTogether < X_ ? b + kTogether : X_}, rows, a_.w_ih, panel, out,
           [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
           G * W * W, a_.fetch_w_ih);
       if (ticker.stop(rows * kTogether * W * G * a_.H)) return;
     }
     for (int64_t part = 0; part < s_.parts; ++part)
       for (int64_t k = begin_; k < end_; ++k) {
-        const int64_t j0 = s_.part_begin[part], first = slab_row(k, part);
+        const int64_t j0 = s_.part_begin[part], first = slab_row(s_, k, part);
         const int64_t n = rows_at(s_, k, j0, s_.part_begin[part + 1]);
         const int64_t end = r1 - first < n ? r1 - first : n;
         for (int64_t i = r0 > first ? r0 - first : 0; i < end; ++i)
@@ -142,11 +142,6 @@ class Backward {
   }
 
  private:
-  // The first row of step k in the slab.
-  FASTRNN_INLINE int64_t slab_row(int64_t k, int64_t part) const {
-    return s_.row_of_step[k * s_.parts + part];
-  }
-
   // Up to `most` rows of the chunk in the order of the sums, from run i on, of which `done` are
   // done already.
   int64_t take_rows(int64_t& i, int64_t& done, int64_t most, Run* block) const {
@@ -168,12 +163,12 @@ class Backward {
     const int64_t j0 = share.j0, j1 = share.j1, stride = a_.state_rows * W;
     for (int64_t s = mine.first; s < mine.end; ++s) {
       const size_t bytes = sizeof(T) * static_cast<size_t>(rows_at(s_, begin_, j0, j1) * W);
-      const int64_t row = slab_row(begin_, share.part);
+      const int64_t row = slab_row(s_, begin_, share.part);
       memcpy(h_prev_.at(s, row), chunk_h_ + s * stride + j0 * W, bytes);
       if (Cell::kHasCell) memcpy(c_prev_.at(s, row), chunk_c_ + s * stride + j0 * W, bytes);
     }
     for (int64_t k = begin_; k < end_; ++k) {
-      const int64_t n = rows_at(s_, k, j0, j1), row = slab_row(k, share.part);
+      const int64_t n = rows_at(s_, k, j0, j1), row = slab_row(s_, k, share.part);
       if (a_.reset.data != nullptr) {
         for (int64_t j = 0; j < n; ++j) {
           if (!starts_afresh(a_, k, j0 + j)) continue;
@@ -182,7 +177,7 @@ class Backward {
         }
       }
       if (k + 1 == end_) return;
-      const int64_t next = slab_row(k + 1, share.part), go_on = rows_at(s_, k + 1, j0, j1);
+      const int64_t next = slab_row(s_, k + 1, share.part), go_on = rows_at(s_, k + 1, j0, j1);
       for (int64_t s = mine.first; s < mine.end; ++s)
         for (int64_t r = 0; r < go_on; ++r)
           for (int v = 0; v < W; v += V::N) {
@@ -247,26 +242,26 @@ class Backward {
   }
 
   // out += dG W_hh over `count` gates from g0 on: what reaches the state before through the
-  // product. Every other step goes through the weights the other way, as in the forward pass.
+  // product.
   FASTRNN_INLINE void multiply_back(int64_t k, const Blocks& mine, int64_t row, int64_t n, int g0,
                                     int count, const Panels<T>& out) const {
     multiply_panels(
-        mine, k % 2 != 0, n, a_.w_hh + g0 * W * W, S_ * G * W * W, out,
+        k, mine, n, a_.w_hh + g0 * W * W, S_ * G * W * W, out,
         [&](int64_t r) {
           return gate_rows<Cell>(gates_, row + r, a_.H, Cell::kStateSlot, g0, count);
         },
         G * W * W, a_.fetch_w_hh);
   }
 
-  // From the first panel to the last, or (backwards) from the last to the first.
+  // In the order of step k.
   template <class F>
-  FASTRNN_INLINE void multiply_panels(const Blocks& panels, bool backwards, int64_t rows,
-                                      const T* w, int64_t panel, const Panels<T>& out,
-                                      const F& left, int64_t group_stride, bool ahead) const {
+  FASTRNN_INLINE void multiply_panels(int64_t k, const Blocks& panels, int64_t rows, const T* w,
+                                      int64_t panel, const Panels<T>& out, const F& left,
+                                      int64_t group_stride, bool ahead) const {
     const int64_t most = panels_at_once(rows < kTileRows ? static_cast<int>(rows) : kTileRows);
     const int64_t groups = (panels.end - panels.first + most - 1) / most;
     const auto first_panel = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
-      return panels.first + (backwards ? groups - 1 - turn : turn) * most;
+      return panels.first + in_turn(k, turn, groups) * most;
     };
     for (int64_t turn = 0; turn < groups; ++turn) {
       const int64_t p = first_panel(turn), next = first_panel(turn + 1 < groups ? turn + 1 : turn);
@@ -290,7 +285,7 @@ class Backward {
         for (int64_t i = rows_at(s_, k, j0, s_.part_begin[part + 1]) - 1; i >= 0; --i) {
           const Place at = place(s_, a_.reverse, k, j0 + i);
           const int64_t id = a_.input.ids[a_.input.layout.at(at.t, at.b)];
-          const T* const src = dg + (slab_row(k, part) + i) * W;
+          const T* const src = dg + (slab_row(s_, k, part) + i) * W;
           T* const dst = table + id * W;
           (V::load(dst) + V::load(src)).store(dst);
           (V::load(dst + V::N) + V::load(src + V::N)).store(dst + V::N);

@@ -71,7 +71,7 @@ class Forward {
       for (int64_t row = 0; k < end; ++k) {
         const int64_t n = rows_at(s_, k, j0_, j1_);
         if (n == 0) break;
-        if (a_.gates != nullptr) row = slab_row(k);
+        if (a_.gates != nullptr) row = slab_row(s_, k, share_.part);
         if (a_.reset.data != nullptr) {
           apply_resets(k, n, cur);
           if (share_.team != nullptr && team_barrier(share_.team)) return;
@@ -99,11 +99,8 @@ class Forward {
   int64_t most_rows() const { return s_.max_steps * (j1_ - j0_); }
 
   // The first row of step k in the slab; in inference the slab is the share's own.
-  FASTRNN_INLINE int64_t slab_row(int64_t k) const {
-    return s_.row_of_step[k * s_.parts + share_.part];
-  }
   FASTRNN_INLINE int64_t first_slab_row(int64_t k) const {
-    return a_.gates == nullptr ? 0 : slab_row(k);
+    return a_.gates == nullptr ? 0 : slab_row(s_, k, share_.part);
   }
 
   // Rows of the steps k … end - 1, which lie in the slab one after the other.
@@ -244,8 +241,7 @@ class Forward {
 
   // For every superblock s and a few rows: add left · W_hhᵀ to COUNT gates from g0 on, then f(s,
   // first row, rows). An odd COUNT takes several superblocks together where the tile has room for
-  // more panels. Every other step goes through them from the last to the first: it begins with the
-  // weights that the step before has left in the cache.
+  // more panels.
   template <int COUNT, class F>
   FASTRNN_INLINE void for_tiles(int64_t k, int64_t row, int64_t n, int g0, const Panels<T>& left,
                                 const F& f) const {
@@ -255,10 +251,8 @@ class Forward {
     const int group = most < kMost ? most : kMost;
     const int64_t panel = a_.H * W, stride = COUNT == 1 ? G * panel : panel;
     const int64_t groups = (mine_.end - mine_.first + group - 1) / group;
-    const auto in_turn = [&](int64_t i, int64_t all)
-                             FASTRNN_INLINE_LAMBDA { return k % 2 == 0 ? i : all - 1 - i; };
     const auto superblock = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
-      return mine_.first + in_turn(turn, groups) * group;
+      return mine_.first + in_turn(k, turn, groups) * group;
     };
     const auto weights = [&](int64_t s) FASTRNN_INLINE_LAMBDA {
       return a_.weights.w_hh + (s * G + g0) * panel;
@@ -281,9 +275,9 @@ class Forward {
         const Left<T> a = state_rows(left, r, a_.H);
         // What comes next: the same units for more rows, or the next ones'.
         const int64_t s_next = r + m < n ? s : superblock(turn + 1 < groups ? turn + 1 : turn);
-        const T* const after = weights(s_next) + in_turn(0, calls(s_next)) * most * stride;
+        const T* const after = weights(s_next) + in_turn(k, 0, calls(s_next)) * most * stride;
         for (int64_t call = 0; call < calls(s); ++call) {
-          const int i = static_cast<int>(in_turn(call, calls(s))) * most;
+          const int i = static_cast<int>(in_turn(k, call, calls(s))) * most;
           const Right<T> w = {weights(s) + i * stride, W * W, stride};
           const T* const next = call + 1 == calls(s) ? after
                                 : k % 2 == 0         ? w.base + most * stride

@@ -31,6 +31,17 @@ FASTRNN_INLINE int64_t rows_at(const Schedule& s, int64_t k, int64_t j0, int64_t
   return n > 0 ? n : 0;
 }
 
+// The first row of step k of a part in the chunk's slab.
+FASTRNN_INLINE int64_t slab_row(const Schedule& s, int64_t k, int64_t part) {
+  return s.row_of_step[k * s.parts + part];
+}
+
+// What comes i-th of `all` in step k: every other step goes from the last to the first, and so
+// begins with the weights that the step before has left in the cache.
+FASTRNN_INLINE int64_t in_turn(int64_t k, int64_t i, int64_t all) {
+  return k % 2 == 0 ? i : all - 1 - i;
+}
+
 // reset[t] marks the boundary between t - 1 and t, which the reverse direction crosses before it
 // visits t - 1.
 template <class Args>
