@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in report.notes(results, described):
         print(note)
     # Only the whole default selection gets the plain name, and nothing less ever replaces it.
-    suffix = "-full" * arguments.full + "-quick" * arguments.quick
+    suffix = arguments.name + "-full" * arguments.full + "-quick" * arguments.quick
     suffix += "-properties" * arguments.properties + "-part" * (some or not complete)
     files = write(
         arguments.out, results, lines, since, peers, described, limits, effort.rounds, suffix
@@ -142,6 +142,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         except re.error as error:
             raise argparse.ArgumentTypeError(f"no regular expression: {error}") from None
 
+    def name(text: str) -> str:
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", text):
+            raise argparse.ArgumentTypeError(f"expected a-z, 0-9 and -, got {text!r}")
+        return f"-{text}"
+
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measures fastrnn beside NumPy, PyTorch, ONNX Runtime and JAX, as far as they "
@@ -160,6 +165,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results"
+    )
+    parser.add_argument(
+        "--name",
+        type=name,
+        default="",
+        metavar="NAME",
+        help="added to the files' names: for a run under conditions of its own",
     )
     arguments = parser.parse_args(argv)
     if arguments.properties and arguments.filter.pattern:
