@@ -34,6 +34,10 @@ set(FASTRNN_FLAGS_neon) # part of every AArch64
 # Every ISA: no contraction, since a fused multiply-add is written out where it is meant, so that AVX2, AVX-512 and NEON
 # give the same bits; no errno, so that sqrt and friends are one instruction. Never -ffast-math: it breaks NaN and Inf.
 set(FASTRNN_KERNEL_FLAGS -ffp-contract=off -fno-math-errno)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  # It would carry the left operand's loads of several k in registers, of which the tile leaves none.
+  list(APPEND FASTRNN_KERNEL_FLAGS -fno-predictive-commoning)
+endif()
 # Last on the command line, so that it wins over CMake's own level. A debug build stays readable in the debugger, and
 # sanitizers at -O3 take many minutes for what they find at the level that their presets choose.
 if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")

@@ -71,23 +71,27 @@ struct Tile {
   V acc[ROWS][NP][2];
 
   FASTRNN_INLINE void load(T* const* c) {
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; ++p) {
-        acc[r][p][0] = V::load(c[p] + r * W);
-        acc[r][p][1] = V::load(c[p] + r * W + V::N);
+    for (int p = 0; p < NP; ++p) {
+      const T* const from = c[p];
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        acc[r][p][0] = V::load(from + r * W);
+        acc[r][p][1] = V::load(from + r * W + V::N);
       }
+    }
   }
 
   FASTRNN_INLINE void store(T* const* c) const {
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-      for (int p = 0; p < NP; ++p) {
-        acc[r][p][0].store(c[p] + r * W);
-        acc[r][p][1].store(c[p] + r * W + V::N);
+    for (int p = 0; p < NP; ++p) {
+      T* const to = c[p];
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; ++r) {
+        acc[r][p][0].store(to + r * W);
+        acc[r][p][1].store(to + r * W + V::N);
       }
+    }
   }
 
   // One value of k: row r's factor is a[r * STEP].
@@ -98,6 +102,10 @@ struct Tile {
     for (int p = 0; p < NP; ++p) {
       w0[p] = V::load(w + p * panel_stride);
       w1[p] = V::load(w + p * panel_stride + V::N);
+      if constexpr (ROWS > 1) {
+        w0[p].hold();
+        w1[p].hold();
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r) {
@@ -111,6 +119,11 @@ struct Tile {
   }
 };
 
+// Values of k between two looks at a loop's end, at most. Where a core's other hardware thread is
+// busy, this one issues half as many instructions a cycle: the arithmetic units then have enough to
+// do only if next to nothing but loads and multiply-adds is in the way.
+constexpr int kUnrolled = 8;
+
 // c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights. With
 // AHEAD, a line is brought into the second-level cache with every k, the first from `ahead`: for
 // weights that come from beyond it. Within it, the instruction would only take the slot of another.
@@ -118,22 +131,35 @@ template <class T, int ROWS, int NP, bool AHEAD>
 __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>& right,
                                              T* const* c, const T* ahead) {
   constexpr int W = kWidth<T>;
+  constexpr int U = W < kUnrolled ? W : kUnrolled;
   Tile<T, ROWS, NP> tile;
   tile.load(c);
-  for (int64_t g = 0; g < left.groups; ++g) {
-    const int n = g + 1 < left.groups ? W : left.tail;
-    const T* w = right.base + g * right.group_stride;
-    for (int q = 0; q < left.per_group; ++q, w += W * W) {
-      const T* a = left.base + g * left.group_stride + left.offset[q];
-      const T* row = w;
-#pragma GCC unroll 4
-      for (int k = 0; k < n; ++k, ++a, row += W) {
-        if constexpr (AHEAD) {
-          __builtin_prefetch(ahead, 0, 2);
-          ahead += kLine<T>;
+  const T *a_group = left.base, *w_group = right.base;
+  const auto next_group = [&]() FASTRNN_INLINE_LAMBDA {
+    a_group += left.group_stride;
+    w_group += right.group_stride;
+  };
+  for (int64_t whole = left.groups - (left.tail < W); whole > 0; --whole, next_group()) {
+    const T* w = w_group;
+    for (int q = 0; q < left.per_group; ++q) {
+      const T* a = a_group + left.offset[q];
+#pragma GCC unroll 1
+      for (int k = 0; k < W; k += U, a += U, w += U * W) {
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) {
+          if constexpr (AHEAD) __builtin_prefetch(ahead + u * kLine<T>, 0, 2);
+          tile.template add<W>(a + u, w + u * W, right.panel_stride);
         }
-        tile.template add<W>(a, row, right.panel_stride);
+        if constexpr (AHEAD) ahead += U * kLine<T>;
       }
+    }
+  }
+  if (left.tail < W) {
+    for (int q = 0; q < left.per_group; ++q) {
+      const T *a = a_group + left.offset[q], *w = w_group + q * W * W;
+#pragma GCC unroll 1
+      for (int k = 0; k < left.tail; ++k, ++a, w += W)
+        tile.template add<W>(a, w, right.panel_stride);
     }
   }
   tile.store(c);
@@ -251,8 +277,13 @@ __attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stri
     const Run run = rows.runs[i];
     const T* x = a + (run.row + run.rows) * W;
     const T* y = b + (run.row + run.rows) * W;
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < run.rows; ++k) {
+    int64_t k = run.rows;
+    for (; k >= kUnrolled; k -= kUnrolled, x -= kUnrolled * W, y -= kUnrolled * W) {
+#pragma GCC unroll 8
+      for (int u = 1; u <= kUnrolled; ++u) tile.template add<1>(x - u * W, y - u * W, b_stride);
+    }
+#pragma GCC unroll 1
+    for (; k > 0; --k) {
       x -= W;
       y -= W;
       tile.template add<1>(x, y, b_stride);

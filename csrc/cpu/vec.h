@@ -37,6 +37,13 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
+// In a vector register, read and written, for the compiler's assembler statements.
+#if defined(__aarch64__)
+#define FASTRNN_HELD(x) "+w"(x)
+#else
+#define FASTRNN_HELD(x) "+v"(x)
+#endif
+
 // Registers there are to keep a tile's accumulators in.
 #if FASTRNN_VEC_BYTES == 64 || defined(__aarch64__)
 constexpr int kVectorRegisters = 32;
@@ -215,6 +222,10 @@ struct Vec {
   using Bits = typename Register<T>::Bits;
   static constexpr int N = FASTRNN_VEC_BYTES / static_cast<int>(sizeof(T));
   Native v;
+
+  // The value stays in a register; a compiler that knows where it was loaded from may else read it
+  // from there again for every use.
+  FASTRNN_INLINE void hold() { __asm__("" : FASTRNN_HELD(v)); }
 
   // N elements from or to p, of any alignment.
   static FASTRNN_INLINE Vec load(const T* p) {
