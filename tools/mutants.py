@@ -70,7 +70,9 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
     ],
     "cpu/gemm.h": [
         ("first row missing from bias gradients", "run.rows - 1; k ⟨>= → >⟩ run.row; --k"),
-        ("last column of k missing", "? W : left.tail⟨ → - 1⟩;"),
+        ("last column of k missing", "k < left.tail⟨ → - 1⟩; ++k"),
+        ("last whole group of k missing", "left.groups - (left.tail ⟨< → <=⟩ W);"),
+        ("one row missing from weight gradients", "for (; k ⟨> 0 → > 1⟩; --k) {"),
     ],
     "cpu/pack.h": [
         (
