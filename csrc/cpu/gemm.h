@@ -112,8 +112,13 @@ struct Tile {
       const V x = V::set(a[r * STEP]);
 #pragma GCC unroll 4
       for (int p = 0; p < NP; ++p) {
-        acc[r][p][0] = fma(x, w0[p], acc[r][p][0]);
-        acc[r][p][1] = fma(x, w1[p], acc[r][p][1]);
+        if constexpr (ROWS > 1) {
+          accumulate(x, w0[p], acc[r][p][0]);
+          accumulate(x, w1[p], acc[r][p][1]);
+        } else {  // what is used once can be an operand in memory
+          acc[r][p][0] = fma(x, w0[p], acc[r][p][0]);
+          acc[r][p][1] = fma(x, w1[p], acc[r][p][1]);
+        }
       }
     }
   }

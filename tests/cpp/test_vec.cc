@@ -108,6 +108,21 @@ void compare(const char* name, VectorOp vector_op, ScalarOp scalar_op, Same equa
   }
 }
 
+// The registers' own: in the place of c, and held where it is.
+template <class T>
+void test_accumulate() {
+  using V = Vec<T>;
+  compare<V>(
+      "accumulate(a, b, c)",
+      [](V a, V b, V c) {
+        b.hold();
+        accumulate(a, b, c);
+        return c;
+      },
+      [](T a, T b, T c) -> T { return kFuses<V> ? std::fma(a, b, c) : a * b + c; },
+      [](T got, T expected) { return same(got, expected); });
+}
+
 template <class V>
 void test_operations() {
   using T = typename V::Scalar;
@@ -279,5 +294,7 @@ int main() {
   test_all<Vec<double>>();
   test_all<Lane<float>>();
   test_all<Lane<double>>();
+  test_accumulate<float>();
+  test_accumulate<double>();
   return check_report();
 }
