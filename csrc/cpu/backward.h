@@ -201,6 +201,7 @@ class Backward {
       if (a_.dy != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0 + r);
         dy = a_.dy + a_.dy_layout.at(at.t, at.b) + s * W;
+        for (int i = 0; i < W; i += kLine<T>) __builtin_prefetch(dy + W + i);  // the next units'
       }
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];

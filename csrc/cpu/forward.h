@@ -315,6 +315,8 @@ class Forward {
       if (a_.y != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0_ + r0 + r);
         y = a_.y + a_.y_layout.at(at.t, at.b) + s * W;
+        // The next units' part of the row: it is on its way while their product is computed.
+        for (int i = 0; i < W; i += kLine<T>) __builtin_prefetch(y + (k % 2 == 0 ? W : -W) + i, 1);
       }
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];
