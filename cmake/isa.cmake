@@ -35,7 +35,7 @@ set(FASTRNN_FLAGS_neon) # part of every AArch64
 # give the same bits; no errno, so that sqrt and friends are one instruction. Never -ffast-math: it breaks NaN and Inf.
 set(FASTRNN_KERNEL_FLAGS -ffp-contract=off -fno-math-errno)
 if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
-  # It would carry the left operand's loads of several k in registers, of which the tile leaves none.
+  # Predictive commoning would carry the left operand's loads of several k in registers, of which the tile leaves none.
   list(APPEND FASTRNN_KERNEL_FLAGS -fno-predictive-commoning)
 endif()
 # Last on the command line, so that it wins over CMake's own level. A debug build stays readable in the debugger, and

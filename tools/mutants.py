@@ -72,7 +72,9 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("first row missing from bias gradients", "run.rows - 1; k ⟨>= → >⟩ run.row; --k"),
         ("last column of k missing", "k < left.tail⟨ → - 1⟩; ++k"),
         ("last whole group of k missing", "left.groups - (left.tail ⟨< → <=⟩ W);"),
-        ("one row missing from weight gradients", "for (; k ⟨> 0 → > 1⟩; --k) {"),
+        ("one row missing from weight gradients", "while (k ⟨> 0 → > 1⟩) take("),
+        ("one row of weight gradients eight times", "add<1>(x - u * W, y - ⟨u → 1⟩ * W, b_stride)"),
+        ("one value of k eight times", "add<W>(a + ⟨u → 0⟩, w + u * W"),
     ],
     "cpu/pack.h": [
         (

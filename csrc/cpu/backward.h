@@ -57,7 +57,8 @@ class Backward {
       const int64_t n = rows_at(s_, k, j0, j1);
       if (n == 0) continue;
       const int64_t row = slab_row(s_, k, share.part);
-      for (int64_t s = mine.first; s < mine.end; ++s) cell_phase(k, s, row, j0, n, dh, dc);
+      for (int64_t s = mine.first; s < mine.end; ++s)
+        cell_phase(k, s, mine.end, row, j0, n, dh, dc);
       // Here a team meets: the products need the gradients of all units. Its members' parts of dh
       // stay apart.
       if (ticker.stop(n * G * a_.H * a_.H, share.team)) return;
@@ -193,15 +194,16 @@ class Backward {
     }
   }
 
-  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t j0, int64_t n,
-                                 const Panels<T>& dh_, const Panels<T>& dc_) const {
+  // The cell on n rows of superblock s of those before `end`, whose next one's dy is fetched.
+  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t end, int64_t row, int64_t j0,
+                                 int64_t n, const Panels<T>& dh_, const Panels<T>& dc_) const {
     const int lanes = valid_lanes(a_.H, s, W);
     for (int64_t r = 0; r < n; ++r) {
       const T* dy = nullptr;
       if (a_.dy != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0 + r);
         dy = a_.dy + a_.dy_layout.at(at.t, at.b) + s * W;
-        for (int i = 0; i < W; i += kLine<T>) __builtin_prefetch(dy + W + i);  // the next units'
+        for (int i = 0; s + 1 < end && i < W; i += kLine<T>) __builtin_prefetch(dy + W + i);
       }
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];

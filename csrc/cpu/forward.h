@@ -224,24 +224,26 @@ class Forward {
   FASTRNN_INLINE void step(int64_t k, int64_t row, int64_t n, const Panels<T>& cur,
                            const Panels<T>& next) const {
     if constexpr (Cell::kTwoPhase) {
-      for_tiles<2>(k, row, n, 0, cur, [&](int64_t s, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
-        gate_phase(s, row + r, r, m, cur);
-      });
+      for_tiles<2>(k, row, n, 0, cur,
+                   [&](int64_t s, int64_t, int64_t r, int64_t m)
+                       FASTRNN_INLINE_LAMBDA { gate_phase(s, row + r, r, m, cur); });
       if (share_.team != nullptr)
         team_barrier(share_.team);  // a stop is noticed at the end of the step
-      for_tiles<1>(k, row, n, 2, rh_, [&](int64_t s, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
-        cell_phase<kSave>(k, s, row + r, r, m, cur, next);
-      });
+      for_tiles<1>(k, row, n, 2, rh_,
+                   [&](int64_t s, int64_t ahead, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
+                     cell_phase<kSave>(k, s, ahead, row + r, r, m, cur, next);
+                   });
     } else {
-      for_tiles<G>(k, row, n, 0, cur, [&](int64_t s, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
-        cell_phase<kSave>(k, s, row + r, r, m, cur, next);
-      });
+      for_tiles<G>(k, row, n, 0, cur,
+                   [&](int64_t s, int64_t ahead, int64_t r, int64_t m) FASTRNN_INLINE_LAMBDA {
+                     cell_phase<kSave>(k, s, ahead, row + r, r, m, cur, next);
+                   });
     }
   }
 
   // For every superblock s and a few rows: add left · W_hhᵀ to COUNT gates from g0 on, then f(s,
-  // first row, rows). An odd COUNT takes several superblocks together where the tile has room for
-  // more panels.
+  // how far on the one is that has s's place in what comes next, or 0, first row, rows). An odd
+  // COUNT takes several superblocks together where the tile has room for more panels.
   template <int COUNT, class F>
   FASTRNN_INLINE void for_tiles(int64_t k, int64_t row, int64_t n, int g0, const Panels<T>& left,
                                 const F& f) const {
@@ -285,7 +287,8 @@ class Forward {
           multiply_rows<T>(m, count - i < most ? count - i : most, a, w, out + i,
                            a_.fetch_w_hh ? next : nullptr);
         }
-        for (int i = 0; i < together(s); ++i) f(s + i, r, m);
+        const int64_t ahead = turn + 1 < groups ? superblock(turn + 1) - s : 0;
+        for (int i = 0; i < together(s); ++i) f(s + i, s + i + ahead < mine_.end ? ahead : 0, r, m);
         r += m;
       }
     }
@@ -305,18 +308,18 @@ class Forward {
       }
   }
 
-  // The cell on m rows of superblock s, `row` in the slab and r0 in the block.
+  // The cell on m rows of superblock s, `row` in the slab and r0 in the block. While the product of
+  // the units `ahead` superblocks on is computed, their part of the output is on its way.
   template <bool kSave>
-  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t row, int64_t r0, int64_t m,
-                                 const Panels<T>& cur, const Panels<T>& next) const {
+  FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t ahead, int64_t row, int64_t r0,
+                                 int64_t m, const Panels<T>& cur, const Panels<T>& next) const {
     const int lanes = valid_lanes(a_.H, s, W);
     for (int64_t r = 0; r < m; ++r) {
       T* y = nullptr;
       if (a_.y != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0_ + r0 + r);
         y = a_.y + a_.y_layout.at(at.t, at.b) + s * W;
-        // The next units' part of the row: it is on its way while their product is computed.
-        for (int i = 0; i < W; i += kLine<T>) __builtin_prefetch(y + (k % 2 == 0 ? W : -W) + i, 1);
+        for (int i = 0; ahead != 0 && i < W; i += kLine<T>) __builtin_prefetch(y + ahead * W + i);
       }
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];

@@ -10,6 +10,8 @@
 #ifndef FASTRNN_CPU_GEMM_H_
 #define FASTRNN_CPU_GEMM_H_
 
+#include <type_traits>
+
 #include "core/args.h"
 #include "cpu/vec.h"
 
@@ -137,14 +139,11 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
                                              T* const* c, const T* ahead) {
   constexpr int W = kWidth<T>;
   constexpr int U = W < kUnrolled ? W : kUnrolled;
+  static_assert(W % U == 0, "whole groups end with a whole turn of the loop");
   Tile<T, ROWS, NP> tile;
   tile.load(c);
   const T *a_group = left.base, *w_group = right.base;
-  const auto next_group = [&]() FASTRNN_INLINE_LAMBDA {
-    a_group += left.group_stride;
-    w_group += right.group_stride;
-  };
-  for (int64_t whole = left.groups - (left.tail < W); whole > 0; --whole, next_group()) {
+  for (int64_t whole = left.groups - (left.tail < W); whole > 0; --whole) {
     const T* w = w_group;
     for (int q = 0; q < left.per_group; ++q) {
       const T* a = a_group + left.offset[q];
@@ -158,13 +157,20 @@ __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>
         if constexpr (AHEAD) ahead += U * kLine<T>;
       }
     }
+    a_group += left.group_stride;
+    w_group += right.group_stride;
   }
   if (left.tail < W) {
     for (int q = 0; q < left.per_group; ++q) {
       const T *a = a_group + left.offset[q], *w = w_group + q * W * W;
 #pragma GCC unroll 1
-      for (int k = 0; k < left.tail; ++k, ++a, w += W)
+      for (int k = 0; k < left.tail; ++k, ++a, w += W) {
+        if constexpr (AHEAD) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += kLine<T>;
+        }
         tile.template add<W>(a, w, right.panel_stride);
+      }
     }
   }
   tile.store(c);
@@ -283,16 +289,17 @@ __attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stri
     const T* x = a + (run.row + run.rows) * W;
     const T* y = b + (run.row + run.rows) * W;
     int64_t k = run.rows;
-    for (; k >= kUnrolled; k -= kUnrolled, x -= kUnrolled * W, y -= kUnrolled * W) {
+    const auto take = [&](auto rows_before) FASTRNN_INLINE_LAMBDA {
+      constexpr int n = decltype(rows_before)::value;
 #pragma GCC unroll 8
-      for (int u = 1; u <= kUnrolled; ++u) tile.template add<1>(x - u * W, y - u * W, b_stride);
-    }
-#pragma GCC unroll 1
-    for (; k > 0; --k) {
-      x -= W;
-      y -= W;
-      tile.template add<1>(x, y, b_stride);
-    }
+      for (int u = 1; u <= n; ++u) tile.template add<1>(x - u * W, y - u * W, b_stride);
+      x -= n * W;
+      y -= n * W;
+      k -= n;
+    };
+    while (k >= kUnrolled) take(std::integral_constant<int, kUnrolled>());
+    if (k >= kUnrolled / 2) take(std::integral_constant<int, kUnrolled / 2>());
+    while (k > 0) take(std::integral_constant<int, 1>());
   }
   tile.store(c);
 }

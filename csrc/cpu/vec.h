@@ -2,7 +2,7 @@
 //
 // The compiler's macros choose the ISA; nothing else in the engine knows the register width.
 // Arithmetic, comparisons and bit operations are the compiler's vector extension (GCC and Clang
-// give every ISA the same operators), so that only a few things are written per ISA, in Isa<T>:
+// give every ISA the same operators), so that only four things are written per ISA, in Isa<T>:
 // fused multiply-add, minimum and maximum, and partial loads and stores. Everything is in the ISA's
 // own namespace and always inlined (see cells/scalar.h).
 //
@@ -37,7 +37,7 @@
 namespace fastrnn {
 namespace FASTRNN_ISA {
 
-// In a vector register, read and written, for the compiler's assembler statements.
+// An operand of an assembler statement that reads and writes a vector register.
 #if defined(__aarch64__)
 #define FASTRNN_HELD(x) "+w"(x)
 #else
@@ -85,9 +85,6 @@ template <>
 struct Isa<float> {
   using V = Register<float>::Native;
   static FASTRNN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) {
-    __asm__("vfmadd231ps %2, %1, %0" : FASTRNN_HELD(c) : "v"(a), "v"(b));
-  }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }
   static FASTRNN_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
   static FASTRNN_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }
@@ -104,9 +101,6 @@ template <>
 struct Isa<double> {
   using V = Register<double>::Native;
   static FASTRNN_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) {
-    __asm__("vfmadd231pd %2, %1, %0" : FASTRNN_HELD(c) : "v"(a), "v"(b));
-  }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_pd(a, b, c); }
   static FASTRNN_INLINE V min(V a, V b) { return _mm512_min_pd(a, b); }
   static FASTRNN_INLINE V max(V a, V b) { return _mm512_max_pd(a, b); }
@@ -125,9 +119,6 @@ template <>
 struct Isa<float> {
   using V = Register<float>::Native;
   static FASTRNN_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) {
-    __asm__("vfmadd231ps %2, %1, %0" : FASTRNN_HELD(c) : "v"(a), "v"(b));
-  }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
   static FASTRNN_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
   static FASTRNN_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
@@ -142,9 +133,6 @@ template <>
 struct Isa<double> {
   using V = Register<double>::Native;
   static FASTRNN_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) {
-    __asm__("vfmadd231pd %2, %1, %0" : FASTRNN_HELD(c) : "v"(a), "v"(b));
-  }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_pd(a, b, c); }
   static FASTRNN_INLINE V min(V a, V b) { return _mm256_min_pd(a, b); }
   static FASTRNN_INLINE V max(V a, V b) { return _mm256_max_pd(a, b); }
@@ -181,7 +169,6 @@ struct PartialAccess {
 template <>
 struct Isa<float> : PartialAccess<float> {
   static FASTRNN_INLINE V fma(V a, V b, V c) { return a * b + c; }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) { c = fma(a, b, c); }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return c - a * b; }
   static FASTRNN_INLINE V min(V a, V b) { return _mm_min_ps(a, b); }
   static FASTRNN_INLINE V max(V a, V b) { return _mm_max_ps(a, b); }
@@ -190,7 +177,6 @@ struct Isa<float> : PartialAccess<float> {
 template <>
 struct Isa<double> : PartialAccess<double> {
   static FASTRNN_INLINE V fma(V a, V b, V c) { return a * b + c; }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) { c = fma(a, b, c); }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return c - a * b; }
   static FASTRNN_INLINE V min(V a, V b) { return _mm_min_pd(a, b); }
   static FASTRNN_INLINE V max(V a, V b) { return _mm_max_pd(a, b); }
@@ -203,7 +189,6 @@ struct Isa<double> : PartialAccess<double> {
 template <>
 struct Isa<float> : PartialAccess<float> {
   static FASTRNN_INLINE V fma(V a, V b, V c) { return vfmaq_f32(c, a, b); }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) { c = fma(a, b, c); }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return vfmsq_f32(c, a, b); }
   static FASTRNN_INLINE V min(V a, V b) { return a < b ? a : b; }
   static FASTRNN_INLINE V max(V a, V b) { return a > b ? a : b; }
@@ -212,7 +197,6 @@ struct Isa<float> : PartialAccess<float> {
 template <>
 struct Isa<double> : PartialAccess<double> {
   static FASTRNN_INLINE V fma(V a, V b, V c) { return vfmaq_f64(c, a, b); }
-  static FASTRNN_INLINE void accumulate(V a, V b, V& c) { c = fma(a, b, c); }
   static FASTRNN_INLINE V fnma(V a, V b, V c) { return vfmsq_f64(c, a, b); }
   static FASTRNN_INLINE V min(V a, V b) { return a < b ? a : b; }
   static FASTRNN_INLINE V max(V a, V b) { return a > b ? a : b; }
@@ -239,8 +223,8 @@ struct Vec {
   static constexpr int N = FASTRNN_VEC_BYTES / static_cast<int>(sizeof(T));
   Native v;
 
-  // The value stays in a register; a compiler that knows where it was loaded from may else read it
-  // from there again for every use.
+  // Makes the compiler forget where the value was loaded from: it may else read it from there again
+  // for every use.
   FASTRNN_INLINE void hold() { __asm__("" : FASTRNN_HELD(v)); }
 
   // N elements from or to p, of any alignment.
@@ -271,9 +255,19 @@ struct Vec {
   friend FASTRNN_INLINE Vec fma(Vec a, Vec b, Vec c) { return {Isa<T>::fma(a.v, b.v, c.v)}; }
   friend FASTRNN_INLINE Vec fnma(Vec a, Vec b, Vec c) { return {Isa<T>::fnma(a.v, b.v, c.v)}; }
 
-  // c = a * b + c in c's own register. Left to itself, GCC lets the sum take the place of a factor
-  // here and there, and in a loop moves it back: a tenth of a tile's instructions.
-  friend FASTRNN_INLINE void accumulate(Vec a, Vec b, Vec& c) { Isa<T>::accumulate(a.v, b.v, c.v); }
+  // c = fma(a, b, c) in c's own register. Left to itself, GCC lets the sum take the place of a
+  // factor here and there, and in a loop moves it back: a tenth of a tile's instructions.
+  friend FASTRNN_INLINE void accumulate(Vec a, Vec b, Vec& c) {
+#if FASTRNN_VEC_BYTES >= 32
+    if constexpr (sizeof(T) == 4) {
+      __asm__("vfmadd231ps %2, %1, %0" : FASTRNN_HELD(c.v) : "v"(a.v), "v"(b.v));
+    } else {
+      __asm__("vfmadd231pd %2, %1, %0" : FASTRNN_HELD(c.v) : "v"(a.v), "v"(b.v));
+    }
+#else
+    c = fma(a, b, c);
+#endif
+  }
 
   // b where either operand is NaN, or both are zero.
   friend FASTRNN_INLINE Vec min(Vec a, Vec b) { return {Isa<T>::min(a.v, b.v)}; }

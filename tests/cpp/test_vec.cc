@@ -108,7 +108,7 @@ void compare(const char* name, VectorOp vector_op, ScalarOp scalar_op, Same equa
   }
 }
 
-// The registers' own: in the place of c, and held where it is.
+// Of Vec only: what is written in assembler.
 template <class T>
 void test_accumulate() {
   using V = Vec<T>;
