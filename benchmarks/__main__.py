@@ -68,10 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     some = bool(arguments.filter.pattern)
     begin = time.perf_counter()
     described = machine.describe()
+    if arguments.name:
+        described["conditions of this run"] = arguments.name
     host, isa = machine.slug(described), described["instruction set in use"]
     # Only complete runs have a history. What is wrong with it is said before they take their time.
     past, before = arguments.out / history.FILE, None
-    recorded = not (arguments.quick or arguments.properties or some)
+    recorded = not (arguments.quick or arguments.properties or arguments.name or some)
     if recorded:
         try:
             before = history.newest(past, host, isa, [case.name for case in chosen])
@@ -121,8 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in report.notes(results, described):
         print(note)
     # Only the whole default selection gets the plain name, and nothing less ever replaces it.
-    suffix = arguments.name + "-full" * arguments.full + "-quick" * arguments.quick
+    suffix = "-full" * arguments.full + "-quick" * arguments.quick
     suffix += "-properties" * arguments.properties + "-part" * (some or not complete)
+    suffix += f"-named-{arguments.name}" if arguments.name else ""
     files = write(
         arguments.out, results, lines, since, peers, described, limits, effort.rounds, suffix
     )
@@ -145,7 +148,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def name(text: str) -> str:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", text):
             raise argparse.ArgumentTypeError(f"expected a-z, 0-9 and -, got {text!r}")
-        return f"-{text}"
+        return text
 
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -169,9 +172,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--name",
         type=name,
-        default="",
         metavar="NAME",
-        help="added to the files' names: for a run under conditions of its own",
+        help="for a run under conditions of its own: stands in its page and its files' names; "
+        "history.csv and what is quoted leave it out",
     )
     arguments = parser.parse_args(argv)
     if arguments.properties and arguments.filter.pattern:

@@ -76,6 +76,15 @@ def test_filter_that_is_no_expression_is_refused(capsys: pytest.CaptureFixture[s
     assert "no regular expression" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["", "A", "a b", "../a", "-a"])
+def test_name_that_is_no_part_of_a_file_name_is_refused(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse([f"--name={name}"])
+    assert "expected a-z, 0-9 and -" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("chosen", [cases.quick(), cases.standard(), cases.full()])
 def test_names_of_cases_are_unique(chosen: list[Case]) -> None:
     assert len({case.name for case in chosen}) == len(chosen)
@@ -285,7 +294,8 @@ def measure(sizes):
     if "stopped" in sys.argv:
         raise KeyboardInterrupt
 properties.measure = measure
-sys.exit(command.main(["--out", *sys.argv[1:2]]))
+name = ["--name", "slow"] if "named" in sys.argv else []
+sys.exit(command.main(["--out", sys.argv[1], *name]))
 """
 
 
@@ -298,6 +308,11 @@ def test_complete_runs_have_a_history(tmp_path: Path) -> None:
     done = shortened("stopped")
     assert done.returncode == 130, done.stderr
     assert not path.exists() and len(list(tmp_path.glob("*-part.md"))) == 1
+    done = shortened("named")
+    (page,) = tmp_path.glob("*-named-slow.md")
+    assert done.returncode == 0 and not path.exists()
+    assert "- conditions of this run: slow" in page.read_text()
+    page.unlink()
     for lines in (3, 5):
         done = shortened()
         assert done.returncode == 0, done.stdout + done.stderr

@@ -196,7 +196,7 @@ def checkout(tmp_path: Path, tool: ModuleType) -> Path:
     results.mkdir(parents=True)
     (results / "z-old.md").write_text(RESULTS.replace("2001", "1999"), encoding="utf-8")
     (results / "a-new.md").write_text(RESULTS, encoding="utf-8")
-    for trial in ("b-quick", "b-quick-part", "b-part"):
+    for trial in ("b-quick", "b-quick-part", "b-part", "b-full-named-slow"):
         trial_page = RESULTS.replace("2001", "2099").replace("A Chip", "A Trial")
         (results / f"{trial}.md").write_text(trial_page, encoding="utf-8")
     (results / "picture.png").touch()

@@ -34,8 +34,8 @@ NO_CASES = (
 )
 FACTS = ("date", "processor", "threads", "instruction set in use", "compared")
 DROPPED = ("threads", "speed-up", "GF/s")  # columns that README.md does without
-# Names of pages that are of a trial, of chosen cases, or of no cases.
-TRIAL = re.compile(r"-(quick|part|properties)\b")
+# Names of pages that are of a trial, of chosen cases, of no cases, or of conditions of their own.
+TRIAL = re.compile(r"-(quick|part|properties|named)\b")
 MOST_ROWS = 40  # of README.md's table; more are for docs/performance.md alone
 
 
