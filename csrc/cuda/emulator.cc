@@ -1388,8 +1388,11 @@ void copy_to_device(void* to, const void* from, size_t bytes, Stream stream) {
   if (bytes == 0) return;
   emulator::require_device_memory(to, bytes, "copy_to_device to");
   emulator::require_host_memory(from, bytes, "copy_to_device from");
-  emulator::finish(stream);
-  memcpy(to, from, bytes);
+  const auto* const first = static_cast<const unsigned char*>(from);
+  emulator::enqueue(stream, [to, values = std::vector<unsigned char>(first, first + bytes)] {
+    memcpy(to, values.data(), values.size());
+  });
+  if (bytes > kSmallCopy) emulator::finish(stream);
 }
 
 void copy_to_host(void* to, const void* from, size_t bytes, Stream stream) {

@@ -6,8 +6,10 @@
 #include "cuda/runtime.h"
 
 #include <cuda_runtime.h>
+#include <string.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <mutex>
@@ -367,11 +369,32 @@ Memory::~Memory() {
   }
 }
 
+namespace {
+
+// Bytes that come with a launch, as its argument.
+struct Parcel {
+  static constexpr size_t kMost = 2048;
+  unsigned char* to;
+  unsigned char bytes[kMost];
+  FASTRNN_HD void operator()(int64_t i) const { to[i] = bytes[i]; }
+};
+
+}  // namespace
+
 void copy_to_device(void* to, const void* from, size_t bytes, Stream stream) {
   require_device();
   const OnDevice on_device;
   refuse_while_recording(stream, "copy_to_device");
-  if (bytes == 0) return;
+  if (bytes <= kSmallCopy) {
+    for (size_t done = 0; done < bytes; done += Parcel::kMost) {
+      const size_t n = std::min(bytes - done, Parcel::kMost);
+      Parcel parcel;
+      parcel.to = static_cast<unsigned char*>(to) + done;
+      memcpy(parcel.bytes, static_cast<const unsigned char*>(from) + done, n);
+      for_each(stream, static_cast<int64_t>(n), parcel);
+    }
+    return;
+  }
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, raw(stream)), "copy_to_device");
   check(cudaStreamSynchronize(raw(stream)), "copy_to_device");  // `from` may be pinned memory
 }

@@ -120,8 +120,10 @@ Memory allocate(int64_t n, Stream stream) {
   return Memory(static_cast<size_t>(n) * sizeof(T), stream);
 }
 
-void copy_to_device(void* to, const void* from, size_t bytes,
-                    Stream stream);  // host memory is free on return
+// Host memory is free on return. The host waits for the stream only where there is more than
+// kSmallCopy.
+constexpr size_t kSmallCopy = 8192;
+void copy_to_device(void* to, const void* from, size_t bytes, Stream stream);
 void copy_to_host(void* to, const void* from, size_t bytes, Stream stream);  // waits for it
 void copy_on_device(void* to, const void* from, size_t bytes, Stream stream);
 void fill_bytes(void* to, int byte, size_t bytes, Stream stream);

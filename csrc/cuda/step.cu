@@ -457,15 +457,6 @@ FASTRNN_KERNEL void FASTRNN_LAUNCH_BOUNDS(kThreads, 1)
 // --- Launching
 // ------------------------------------------------------------------------------------
 
-// Puts the arguments where the steps find them: handed over with the launch, so that the host need
-// not wait for a copy.
-template <class Args>
-struct Store {
-  Args* to;
-  Args args;
-  FASTRNN_HD void operator()(int64_t) const { *to = args; }
-};
-
 // The group that was just replayed is over: the next one begins `by` steps further.
 template <class Args>
 struct Advance {
@@ -528,9 +519,10 @@ Recordings& recordings() {
 template <class Args, class LaunchStep>
 void run_steps(Stream stream, const Args& args, int64_t count, int sign, const void* kernel,
                const Index3& grid, const LaunchStep& launch_step) {
+  static_assert(sizeof(Args) <= kSmallCopy, "the host would wait");
   if (count < 2 * kRecorded) {  // not worth a recording
     const Memory device = allocate<Args>(1, stream);
-    for_each(stream, 1, Store<Args>{device.data<Args>(), args});
+    copy_to_device(device.data(), &args, sizeof(args), stream);
     for (int64_t i = 0; i < count; ++i)
       launch_step(stream, device.data<Args>(), static_cast<int>(i));
     return;
@@ -546,7 +538,7 @@ void run_steps(Stream stream, const Args& args, int64_t count, int sign, const v
       for_each(recorded, 1, Advance<Args>{place, sign * kRecorded});
     });
   }
-  for_each(stream, 1, Store<Args>{recording->args.template data<Args>(), args});
+  copy_to_device(recording->args.data(), &args, sizeof(args), stream);
   for (int64_t i = 0; i < count; i += kRecorded) recording->graph.replay(stream);
   recording->last_stream = stream.handle;
   recording->used = Event(stream);

@@ -49,6 +49,7 @@ template <class T>
 Memory upload(const std::vector<T>& values, Stream on) {
   Memory memory = allocate<T>(static_cast<int64_t>(values.size()), on);
   copy_to_device(memory.data(), values.data(), memory.bytes(), on);
+  synchronize(on);
   return memory;
 }
 template <class T>
@@ -94,6 +95,17 @@ void test_events() {
   wait_for(c, b);
   wait_for(a, a);
   CHECK_EQ(seen_by(c), 4);
+  // Copies of few bytes are in the stream's order; the host is free to change them.
+  int value = 6;
+  copy_to_device(memory.data(), &value, sizeof(value), a);
+  value = 7;
+  CHECK_EQ(seen_by(b), 4);
+  wait_for(b, a);
+  CHECK_EQ(seen_by(b), 6);
+  const std::vector<char> large(kSmallCopy + 1, 1);
+  const Memory other = allocate<char>(kSmallCopy + 1, a);
+  copy_to_device(other.data(), large.data(), large.size(), a);  // waits
+  CHECK(download<char>(other, b) == large);
 
   Event ready(a);
   const Graph graph = Graph::record([&](Stream recorded) {
@@ -103,7 +115,7 @@ void test_events() {
     for_each(recorded, 1, Set{memory.data<int>(), 5});
   });
   graph.replay(a);
-  CHECK_EQ(seen_by(b), 4);
+  CHECK_EQ(seen_by(b), 6);
   synchronize(a);
   CHECK_EQ(seen_by(b), 5);
 }
