@@ -452,9 +452,10 @@ void Machine::make_runnable(Thread* thread) {
   ring(runnable_count_++) = thread;
 }
 
-// For 8 to 1024 turns one warp or block, or none, rarely gets one.
+// For 8 to 131072 turns one warp or block, or none, rarely gets one: the longest are more than a
+// step, so that others get ahead as far as their synchronisation lets them.
 void Machine::choose_starved() {
-  turns_ = size_t{8} << random_.below(8);
+  turns_ = size_t{8} << random_.below(15);
   const Block& block = *gang_[random_.below(gang_.size())];
   starved_block_ = random_.one_in(2) ? nullptr : &block;
   starved_warp_ = random_.one_in(2) ? nullptr : &block.warps[random_.below(block.warps.size())];
