@@ -380,3 +380,49 @@ print(float(y[0, 0, 0]))
         np.tanh(np.tanh(1) / (1 + np.exp(-1))) / (1 + np.exp(-1))
     )
     assert run_python(code, FASTRNN_CUBLASLT="/no/such/library.so").stdout == expected
+
+
+# Packed, forward and backward on three streams, and what they were given dropped before anything is
+# waited for: the last stream first, or the first ones first. Prints the results' bytes.
+STREAMS = """
+import sys
+import fastrnn, numpy as np
+import fastrnn._cuda_emulated as cuda
+
+class Interface:  # of an array, and nothing else of it
+    def __init__(self, array):
+        self.__cuda_array_interface__ = array.__cuda_array_interface__
+        self.array = array
+
+I, H, T, B, ids, every, *streams, in_order = map(int, sys.argv[1:])
+rng = np.random.default_rng(1)
+there = lambda *shape: fastrnn.device_array(rng.standard_normal(shape).astype("float32") / 4)
+shapes = [(4 * H, I), (4 * H, H), (4 * H,), (4 * H,)]
+packed = cuda.Packed("lstm", I, H, 1, 1, True, "float32", [there(*s) for s in shapes],
+                     stream=streams[0])
+x = fastrnn.device_array(rng.integers(0, I, (T, B))) if ids else there(T, B, I)
+state, dy = (there(1, B, H), there(1, B, H)), there(T, B, H)
+y, last, tape = packed.forward_training(
+    x, state, None, None, None, False, None, 0.0, 0, every, stream=streams[1])
+into = [cuda.Array.zeros(s, "float32") for s in shapes]
+dx, dstate = tape.backward(dy, None, into, None, stream=streams[2])
+del tape, packed, x, state, dy
+if in_order:
+    [np.asarray(a) for a in (y, *last)]
+    there(1)  # waits for the stream that the arrays were made on
+results = [*into, *dstate, *([] if ids else [dx])]
+results = [cuda.Array.import_(Interface(a), 4) for a in results]
+host = [np.asarray(a) for a in (*results, y, *last)]
+assert all(np.isfinite(a).all() for a in host) and not all((a == 0).all() for a in host)
+print(b"".join(a.tobytes() for a in host).hex())
+"""
+
+
+@pytest.mark.parametrize("sizes", ["3 5 70 2 0 0", "3 5 70 2 0 66", "3 5 7 2 1 3"])
+def test_streams_wait_for_each_other(sizes: str) -> None:
+    """On an emulator whose streams do nothing before somebody waits for them."""
+    expected = run_python(STREAMS, *sizes.split(), *"0000", FASTRNN_CUDA_DEFER="0")
+    assert expected.stdout, expected.stderr
+    for streams in ("5670", "5671", "5660", "5561", "5051"):
+        got = run_python(STREAMS, *sizes.split(), *streams, FASTRNN_CUDA_DEFER="1")
+        assert got.stdout == expected.stdout, got.stderr

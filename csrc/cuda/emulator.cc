@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
 #include <exception>
 #include <map>
 #include <memory>
@@ -60,14 +61,37 @@ class Random {
   uint64_t state_;
 };
 
+// The work of a stream that waits for its turn, in pieces. One without work waits itself: for the
+// first `end` pieces of another stream.
+struct Piece {
+  std::function<void()> work;
+  const void* other = nullptr;
+  uint64_t end = 0;
+};
+struct Queue {
+  std::deque<Piece> pieces;
+  uint64_t done = 0;  // pieces that are gone
+  bool destroyed = false;
+  uint64_t end() const { return done + pieces.size(); }
+};
+
 // What the process shares. Never destroyed: device memory may be given back by static objects.
 struct Process {
-  std::mutex mutex;  // of all but `owner`
+  std::mutex mutex;  // of all but what has its own
   Options options;
   uint64_t launches = 0;
   std::map<uintptr_t, size_t> memory;  // first address -> bytes, of what is allocated
   size_t live_bytes = 0;
+  std::vector<std::pair<void*, size_t>> given_back;  // of deferred streams
   std::atomic<pid_t> owner{0};
+  std::recursive_mutex turn;  // of the deferred streams; locked before `mutex`
+  std::map<const void*, Queue> queues;
+  std::atomic<bool> defer{false};
+
+  Process() {
+    const char* const wanted = getenv("FASTRNN_CUDA_DEFER");
+    defer = options.defer_streams = wanted != nullptr && *wanted == '1';
+  }
 };
 Process& process() {
   static Process* const state = new Process;
@@ -428,9 +452,10 @@ void Machine::make_runnable(Thread* thread) {
   ring(runnable_count_++) = thread;
 }
 
-// For 8 to 1024 turns one warp or block, or none, rarely gets one.
+// For 8 to 131072 turns one warp or block, or none, rarely gets one: the longest are more than a
+// step, so that others get ahead as far as their synchronisation lets them.
 void Machine::choose_starved() {
-  turns_ = size_t{8} << random_.below(8);
+  turns_ = size_t{8} << random_.below(15);
   const Block& block = *gang_[random_.below(gang_.size())];
   starved_block_ = random_.one_in(2) ? nullptr : &block;
   starved_warp_ = random_.one_in(2) ? nullptr : &block.warps[random_.below(block.warps.size())];
@@ -1009,12 +1034,86 @@ void check_launch(const Launch& how, const Options& options) {
   }
 }
 
+bool can_go_on(const Queue& queue) {
+  if (queue.pieces.empty()) return false;
+  const Piece& next = queue.pieces.front();
+  return next.work || process().queues[next.other].done >= next.end;
+}
+
+// The queue whose next piece is to be done, so that `wanted` gets on: the one that it waits for,
+// or at random any that can go on. `turn` is locked.
+Queue& choose_queue(Queue& wanted) {
+  std::pair<Random, bool> random = next_random();
+  if (random.second && random.first.one_in(2)) {
+    std::vector<Queue*> others;
+    for (auto& queue : process().queues)
+      if (can_go_on(queue.second)) others.push_back(&queue.second);
+    if (!others.empty()) return *others[random.first.below(others.size())];
+  }
+  Queue* queue = &wanted;
+  while (!can_go_on(*queue)) queue = &process().queues[queue->pieces.front().other];
+  return *queue;
+}
+
+// Does the first `end` pieces of the stream, and what they wait for. `turn` is locked.
+void run_until(const void* stream, uint64_t end) {
+  Queue& wanted = process().queues[stream];
+  while (wanted.done < end) {
+    Queue& queue = choose_queue(wanted);
+    const Piece piece = std::move(queue.pieces.front());
+    queue.pieces.pop_front();
+    ++queue.done;
+    if (piece.work) piece.work();
+  }
+}
+
+// `turn` is locked.
+Queue& queue_of(Stream stream) {
+  Queue& queue = process().queues[stream.handle];
+  if (queue.destroyed) throw Error("a stream was used that its owner has destroyed");
+  return queue;
+}
+
+// The host waits for the stream.
+void finish(Stream stream) {
+  if (!process().defer) return;
+  const std::lock_guard<std::recursive_mutex> turn(process().turn);
+  run_until(stream.handle, queue_of(stream).end());
+}
+
+// Now, or when it is the stream's turn.
+void enqueue(Stream stream, std::function<void()> work) {
+  if (!process().defer) return work();
+  const std::lock_guard<std::recursive_mutex> turn(process().turn);
+  queue_of(stream).pieces.push_back({std::move(work), nullptr, 0});
+}
+
 }  // namespace
 
 void configure(const Options& options) {
+  const std::lock_guard<std::recursive_mutex> turn(process().turn);
+  for (auto& queue : process().queues) {
+    run_until(queue.first, queue.second.end());
+    queue.second.destroyed = false;
+  }
   const std::lock_guard<std::mutex> lock(process().mutex);
+  bool written = false;
+  for (const auto& [data, bytes] : process().given_back) {
+    const unsigned char* const first = static_cast<unsigned char*>(data);
+    written |= std::any_of(first, first + bytes, [](unsigned char c) { return c != kPoison; });
+    free(data);
+  }
+  process().given_back.clear();
   process().options = options;
+  process().defer = options.defer_streams;
   process().launches = 0;
+  if (written) throw Error("memory was written after it had been given back");
+}
+
+void destroy(Stream stream) {
+  finish(stream);
+  const std::lock_guard<std::recursive_mutex> turn(process().turn);
+  process().queues[stream.handle].destroyed = true;
 }
 
 size_t live_bytes() {
@@ -1110,12 +1209,13 @@ void launch(Stream stream, const Launch& how, std::function<void()> thread) {
 }
 
 // ---------------------------------------------------------------------------------------------------
-// cuda/runtime.h: all is done before a call returns
+// cuda/runtime.h
 // ---------------------------------------------------------------------------------------------------
 
 namespace {
 
 using Recording = std::vector<std::function<void()>>;
+using SharedRecording = std::shared_ptr<const Recording>;  // also by replays that have not run yet
 
 // What this thread records now, and the stream it does that on. Handles are compared and never
 // followed: other libraries may name streams by anything.
@@ -1170,8 +1270,10 @@ void submit(Stream stream, std::function<void()> work) {
   if (Recording* recording = recording_of(stream)) {
     recording->push_back(std::move(work));
   } else {
-    const FpEnv environment;  // subnormals are zero, as nvcc is told to make them (-ftz=true)
-    work();
+    enqueue(stream, [work = std::move(work)] {
+      const FpEnv environment;  // subnormals are zero, as nvcc is told to make them (-ftz=true)
+      work();
+    });
   }
 }
 
@@ -1200,10 +1302,15 @@ DeviceInfo device_info() {
   info.shared_per_block = options.shared_per_block;
   info.registers_per_multiprocessor = 65536;
   info.memory = options.memory;
-  info.free_memory = options.memory - std::min(options.memory, emulator::live_bytes());
   info.l2_bytes = size_t{50} << 20;
   info.driver = info.runtime = "emulated";
   return info;
+}
+
+size_t free_memory() {
+  require_device();
+  const size_t memory = emulator::current_options().memory;
+  return memory - std::min(memory, emulator::live_bytes());
 }
 
 Stream own_stream() {
@@ -1215,6 +1322,39 @@ Stream own_stream() {
 void synchronize(Stream stream) {
   require_device();
   emulator::refuse_while_recording(stream, "synchronize");
+  emulator::finish(stream);
+}
+
+Stream keeper() {
+  static char stream;  // its address is the handle
+  require_device();
+  return {&stream};
+}
+
+// An Event's handle is a piece that waits for it.
+Event::Event(Stream stream) {
+  require_device();
+  emulator::refuse_while_recording(stream, "Event");
+  if (!process().defer) return;  // it has been reached
+  const std::lock_guard<std::recursive_mutex> turn(process().turn);
+  handle_ = new emulator::Piece{{}, stream.handle, emulator::queue_of(stream).end()};
+}
+
+Event::~Event() { delete static_cast<emulator::Piece*>(handle_); }
+
+bool Event::reached() {
+  if (handle_ == nullptr) return true;
+  const auto* const piece = static_cast<const emulator::Piece*>(handle_);
+  const std::lock_guard<std::recursive_mutex> turn(process().turn);
+  return process().queues[piece->other].done >= piece->end;
+}
+
+void Event::wait(Stream stream) {
+  require_device();
+  emulator::refuse_while_recording(stream, "wait");
+  if (reached()) return;
+  const std::lock_guard<std::recursive_mutex> turn(process().turn);
+  emulator::queue_of(stream).pieces.push_back(*static_cast<const emulator::Piece*>(handle_));
 }
 
 Memory::Memory(size_t bytes, Stream stream) : stream_(stream) {
@@ -1233,10 +1373,14 @@ Memory::Memory(size_t bytes, Stream stream) : stream_(stream) {
 
 Memory::~Memory() {
   if (data_ == nullptr) return;
-  const std::lock_guard<std::mutex> lock(process().mutex);
-  process().memory.erase(reinterpret_cast<uintptr_t>(data_));
-  process().live_bytes -= bytes_;
-  free(data_);
+  emulator::enqueue(stream_, [data = data_, bytes = bytes_] {
+    const std::lock_guard<std::mutex> lock(process().mutex);
+    process().memory.erase(reinterpret_cast<uintptr_t>(data));
+    process().live_bytes -= bytes;
+    if (!process().defer) return free(data);
+    memset(data, emulator::kPoison, bytes);
+    process().given_back.emplace_back(data, bytes);
+  });
 }
 
 void copy_to_device(void* to, const void* from, size_t bytes, Stream stream) {
@@ -1245,7 +1389,11 @@ void copy_to_device(void* to, const void* from, size_t bytes, Stream stream) {
   if (bytes == 0) return;
   emulator::require_device_memory(to, bytes, "copy_to_device to");
   emulator::require_host_memory(from, bytes, "copy_to_device from");
-  memcpy(to, from, bytes);
+  const auto* const first = static_cast<const unsigned char*>(from);
+  emulator::enqueue(stream, [to, values = std::vector<unsigned char>(first, first + bytes)] {
+    memcpy(to, values.data(), values.size());
+  });
+  if (bytes > kSmallCopy) emulator::finish(stream);
 }
 
 void copy_to_host(void* to, const void* from, size_t bytes, Stream stream) {
@@ -1254,6 +1402,7 @@ void copy_to_host(void* to, const void* from, size_t bytes, Stream stream) {
   if (bytes == 0) return;
   emulator::require_host_memory(to, bytes, "copy_to_host to");
   emulator::require_device_memory(from, bytes, "copy_to_host from");
+  emulator::finish(stream);
   memcpy(to, from, bytes);
 }
 
@@ -1287,17 +1436,18 @@ Graph Graph::record(const std::function<void(Stream)>& work) {
   emulator::now_recording = {&stream, recording.get()};
   work(Stream{&stream});
   Graph graph;
-  graph.handle_ = recording.release();
+  graph.handle_ = new emulator::SharedRecording(std::move(recording));
   return graph;
 }
 
-Graph::~Graph() { delete static_cast<emulator::Recording*>(handle_); }
+Graph::~Graph() { delete static_cast<emulator::SharedRecording*>(handle_); }
 
 void Graph::replay(Stream stream) const {
   if (handle_ == nullptr) throw Error("replay of a Graph that was not recorded");
-  const auto& recording = *static_cast<const emulator::Recording*>(handle_);
-  emulator::submit(stream, [&recording] {
-    for (const std::function<void()>& work : recording) work();
+  const emulator::SharedRecording recording =
+      *static_cast<const emulator::SharedRecording*>(handle_);
+  emulator::submit(stream, [recording] {
+    for (const std::function<void()>& work : *recording) work();
   });
 }
 

@@ -14,6 +14,12 @@
 // stores of a thread to one address stay in order, and 16 bytes are never torn. Plain stores are
 // seen at once.
 //
+// Streams do their work at once. With Options::defer_streams, or FASTRNN_CUDA_DEFER=1, they do it
+// only when the host waits for them or another stream must that the host waits for; with a seed,
+// now and then also out of turn. So what another stream has not been waited for is missing, and
+// memory that is given back too early is poisoned: its blocks stay until configure(), which looks
+// whether somebody has written to them.
+//
 // What would hang a GPU or is undefined there is an Error here, with the place in the kernel: lanes
 // of a warp at different collectives, a thread that is gone at one, a deadlock, threads that poll
 // for what never comes, wrong counts at an mbarrier, addresses outside shared memory, stores to a
@@ -50,9 +56,14 @@ struct Options {
   size_t memory = size_t{8} << 30;
   int major = 9, minor = 0;
   bool delay_stores = false;
+  bool defer_streams = false;
 };
 // For the process, from the next launch on. The same options and launches give the same order.
+// Deferred work is done first; an Error if some of it used memory that had been given back.
 void configure(const Options& options);
+// Its owner destroys the stream: after its work, using it is an Error. With defer_streams only, and
+// until configure().
+void destroy(Stream stream);
 // Bytes of device memory that are allocated now.
 size_t live_bytes();
 

@@ -64,8 +64,7 @@ Family planned_family(const RecurrenceShape& shape) {
   const std::lock_guard<std::mutex> lock(*mutex);
   const auto found = known->find(key);
   if (found != known->end()) return found->second;
-  static const DeviceInfo device = device_info();
-  const Family family = plan(shape, device).family;
+  const Family family = plan(shape, device_info()).family;
   if (known->size() >= kMostKept) known->clear();
   known->emplace(key, family);
   return family;

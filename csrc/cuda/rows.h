@@ -74,6 +74,7 @@ class DeviceSchedule {
     return first_[static_cast<size_t>(k1)] - first_[static_cast<size_t>(k0)];
   }
   size_t bytes() const { return memory_.bytes(); }
+  void give_back_on(Stream stream) { memory_.give_back_on(stream); }
 
  private:
   std::vector<int64_t> first_, lengths_;

@@ -6,8 +6,10 @@
 #include "cuda/runtime.h"
 
 #include <cuda_runtime.h>
+#include <string.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <mutex>
@@ -69,7 +71,10 @@ struct Process {
   std::mutex mutex;             // of what follows, where it changes after the first use
   cudaMemPool_t pool = nullptr;
   cudaDeviceProp properties;
+  std::string driver;  // its version
+  cudaStream_t keeper = nullptr;
   std::vector<cudaStream_t> free_streams;  // own_stream's, of threads that have ended
+  std::vector<cudaEvent_t> free_events;
   std::set<std::pair<const void*, cudaFuncAttribute>>
       raised;  // limits of kernels, as far as it goes
 };
@@ -84,8 +89,8 @@ void unavailable_unless(cudaError_t status, const char* what) {
   throw Unavailable(std::string("CUDA cannot be used: ") + what + ": " + describe(status));
 }
 
-// Throws Unavailable unless there is a driver, new enough, and a device.
-void find_device() {
+// Throws Unavailable unless there is a driver, new enough, and a device. The driver's version.
+std::string find_device() {
   constexpr int kNeeded =
       CUDART_VERSION / 1000 * 1000;  // later drivers of one major version will do
   int driver = 0, devices = 0;
@@ -103,6 +108,7 @@ void find_device() {
                       ") finds no GPU that this process may use");
   }
   unavailable_unless(status, "counting the devices");
+  return version_text(driver);
 }
 
 // A pool of our own: what is given back to it stays for the next to ask, whatever other users of
@@ -121,7 +127,7 @@ cudaMemPool_t make_pool() {
 }
 
 void open_device(Process& state) {
-  find_device();
+  state.driver = find_device();
   unavailable_unless(cudaGetDeviceProperties(&state.properties, kDevice), "looking at the device");
   const int major = state.properties.major, minor = state.properties.minor;
   if (10 * major + minor < kOldestCapability) {
@@ -130,6 +136,9 @@ void open_device(Process& state) {
                       ", fastrnn needs 8.0 or later");
   }
   const OnDevice on_device;
+  if (state.keeper == nullptr)
+    unavailable_unless(cudaStreamCreateWithFlags(&state.keeper, cudaStreamNonBlocking),
+                       "making a stream");
   state.pool = make_pool();
 }
 
@@ -168,7 +177,6 @@ void require_device() {
 
 DeviceInfo device_info() {
   require_device();
-  const OnDevice on_device;
   const cudaDeviceProp& properties = process().properties;
   DeviceInfo info;
   info.name = properties.name;
@@ -177,19 +185,24 @@ DeviceInfo device_info() {
   info.multiprocessors = properties.multiProcessorCount;
   info.shared_per_block = properties.sharedMemPerBlockOptin;
   info.registers_per_multiprocessor = properties.regsPerMultiprocessor;
+  info.memory = properties.totalGlobalMem;
   info.l2_bytes = static_cast<size_t>(properties.l2CacheSize);
-  check(cudaMemGetInfo(&info.free_memory, &info.memory), "cudaMemGetInfo");
+  info.driver = process().driver;
+  info.runtime = version_text(CUDART_VERSION);
+  return info;
+}
+
+size_t free_memory() {
+  require_device();
+  const OnDevice on_device;
+  size_t free = 0, all = 0;
+  check(cudaMemGetInfo(&free, &all), "cudaMemGetInfo");
   uint64_t reserved = 0, used = 0;  // what the pool keeps is free, too
   check(cudaMemPoolGetAttribute(process().pool, cudaMemPoolAttrReservedMemCurrent, &reserved),
         "cudaMemPoolGetAttribute");
   check(cudaMemPoolGetAttribute(process().pool, cudaMemPoolAttrUsedMemCurrent, &used),
         "cudaMemPoolGetAttribute");
-  info.free_memory += reserved - used;
-  int driver = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  info.driver = version_text(driver);
-  info.runtime = version_text(CUDART_VERSION);
-  return info;
+  return free + reserved - used;
 }
 
 // ---------------------------------------------------------------------------------------------------
@@ -242,6 +255,81 @@ void synchronize(Stream stream) {
   check(cudaStreamSynchronize(raw(stream)), "synchronize");
 }
 
+Stream keeper() {
+  require_device();
+  return {process().keeper};
+}
+
+// ---------------------------------------------------------------------------------------------------
+// Events
+// ---------------------------------------------------------------------------------------------------
+
+namespace {
+
+// One that nobody waits at any more may be recorded anew at once: who was told to wait for it waits
+// for what it stood for then.
+cudaEvent_t take_event() {
+  {
+    const std::lock_guard<std::mutex> lock(process().mutex);
+    std::vector<cudaEvent_t>& events = process().free_events;
+    if (!events.empty()) {
+      const cudaEvent_t event = events.back();
+      events.pop_back();
+      return event;
+    }
+  }
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  return event;
+}
+
+void give_event_back(void* event) noexcept {
+  if (event == nullptr || is_forked_child()) return;
+  try {
+    const std::lock_guard<std::mutex> lock(process().mutex);
+    process().free_events.push_back(static_cast<cudaEvent_t>(event));
+  } catch (const std::bad_alloc&) {  // one event less
+  }
+}
+
+}  // namespace
+
+Event::Event(Stream stream) {
+  require_device();
+  const OnDevice on_device;
+  refuse_while_recording(stream, "Event");
+  const cudaEvent_t event = take_event();
+  const cudaError_t status = cudaEventRecord(event, raw(stream));
+  if (status != cudaSuccess) give_event_back(event);
+  check(status, "cudaEventRecord");
+  handle_ = event;
+}
+
+Event::~Event() { give_event_back(handle_); }
+
+bool Event::reached() {
+  if (handle_ == nullptr) return true;
+  const OnDevice on_device;
+  const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(handle_));
+  if (status == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "cudaEventQuery");
+  give_event_back(handle_);
+  handle_ = nullptr;
+  return true;
+}
+
+void Event::wait(Stream stream) {
+  require_device();
+  const OnDevice on_device;
+  refuse_while_recording(stream, "wait");
+  if (reached()) return;
+  check(cudaStreamWaitEvent(raw(stream), static_cast<cudaEvent_t>(handle_), 0),
+        "cudaStreamWaitEvent");
+}
+
 // ---------------------------------------------------------------------------------------------------
 // Memory
 // ---------------------------------------------------------------------------------------------------
@@ -281,11 +369,32 @@ Memory::~Memory() {
   }
 }
 
+namespace {
+
+// Bytes that come with a launch, as its argument.
+struct Parcel {
+  static constexpr size_t kMost = 2048;
+  unsigned char* to;
+  unsigned char bytes[kMost];
+  FASTRNN_HD void operator()(int64_t i) const { to[i] = bytes[i]; }
+};
+
+}  // namespace
+
 void copy_to_device(void* to, const void* from, size_t bytes, Stream stream) {
   require_device();
   const OnDevice on_device;
   refuse_while_recording(stream, "copy_to_device");
-  if (bytes == 0) return;
+  if (bytes <= kSmallCopy) {
+    for (size_t done = 0; done < bytes; done += Parcel::kMost) {
+      const size_t n = std::min(bytes - done, Parcel::kMost);
+      Parcel parcel;
+      parcel.to = static_cast<unsigned char*>(to) + done;
+      memcpy(parcel.bytes, static_cast<const unsigned char*>(from) + done, n);
+      for_each(stream, static_cast<int64_t>(n), parcel);
+    }
+    return;
+  }
   check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, raw(stream)), "copy_to_device");
   check(cudaStreamSynchronize(raw(stream)), "copy_to_device");  // `from` may be pinned memory
 }

@@ -63,6 +63,24 @@ Memory copy_of(const T* from, int64_t n, Stream stream) {
   return memory;
 }
 
+// While a call uses memory that others share: however the call ends, the memory is not given back
+// before its work is done.
+class SharedUse {
+ public:
+  explicit SharedUse(Stream stream) : stream_(stream) {}
+  ~SharedUse() {
+    try {
+      wait_for(keeper(), stream_);
+    } catch (const std::exception&) {  // the device has failed: nothing runs on it any more
+    }
+  }
+  SharedUse(const SharedUse&) = delete;
+  SharedUse& operator=(const SharedUse&) = delete;
+
+ private:
+  const Stream stream_;
+};
+
 // Of the layer `layer`, which reads the outputs of the one below.
 Dropout dropout_into(int layer, double p, uint64_t key) {
   if (layer == 0 || p == 0) return {0, 0, 1};
@@ -79,7 +97,7 @@ Dropout dropout_into(int layer, double p, uint64_t key) {
 template <class S>
 DeviceStack<S>::DeviceStack(const StackSpec& spec, Precision precision,
                             const std::vector<DeviceWeights<A>>& weights, Stream stream)
-    : spec_(spec), precision_(precision), stream_(stream) {
+    : spec_(spec), precision_(precision) {
   const GateSlots slots = gate_slots(spec.kind);
   const int64_t H = spec.H, rows = slots.gates * H;
   for (int l = 0; l < spec.layers; ++l) {
@@ -102,6 +120,9 @@ DeviceStack<S>::DeviceStack(const StackSpec& spec, Precision precision,
       layers_.push_back(std::move(layer));
     }
   }
+  made_ = Event(stream);
+  made_.wait(keeper());
+  for (Layer& layer : layers_) layer.weights.give_back_on(keeper());
 }
 
 template <class S>
@@ -109,7 +130,7 @@ size_t DeviceStack<S>::bytes() const {
   size_t total = 0;
   for (const Layer& layer : layers_) total += layer.weights.bytes();
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (const auto& form : packed_) total += form.second.bytes();
+  for (const auto& form : packed_) total += form.second.memory.bytes();
   return total;
 }
 
@@ -118,17 +139,19 @@ template <class Make>
 const S* DeviceStack<S>::packed(int index, int form, int64_t elements, Stream stream,
                                 const Make& make) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  // Whoever used the weights on another stream may still be writing them.
-  if (stream_.handle != stream.handle) {
-    synchronize(stream_);
-    stream_ = stream;
+  made_.wait(stream);
+  const auto key = std::make_pair(index, form);
+  auto found = packed_.find(key);
+  if (found == packed_.end()) {
+    Memory memory = allocate<S>(elements, stream);
+    make(memory.template data<S>());
+    Event made(stream);
+    found = packed_.emplace(key, Form{std::move(memory), std::move(made)}).first;
+    found->second.memory.give_back_on(keeper());
+  } else {
+    found->second.made.wait(stream);
   }
-  const auto found = packed_.find({index, form});
-  if (found != packed_.end()) return found->second.template data<S>();
-  Memory memory = allocate<S>(elements, stream);
-  make(memory.template data<S>());
-  return packed_.emplace(std::make_pair(index, form), std::move(memory))
-      .first->second.template data<S>();
+  return found->second.memory.template data<S>();
 }
 
 template <class S>
@@ -374,6 +397,7 @@ void write_output(const Pass<S>& pass, const Layer<S>& at) {
 
 template <class S>
 void device_forward(const DeviceStack<S>& stack, const DeviceCall<S>& call) {
+  const SharedUse use(call.stream);
   const DeviceSchedule schedule(call.steps, call.batch, call.lengths, call.stream);
   const Pass<S> pass(stack, call, schedule);
   Layer<S> below, at;
@@ -397,8 +421,25 @@ struct DeviceTape<S>::State {
   std::unique_ptr<Pass<S>> pass;
   std::vector<Layer<S>> layers;
   std::vector<int64_t> segments;  // their first steps, and the number of steps
+  Event made;                     // by the forward pass
 
   bool checkpoints() const { return call.checkpoint_every > 0; }
+
+  // From here on the memory is used, and given back, in the order of this stream.
+  void hand_over(Stream stream) {
+    made.wait(stream);
+    call.stream = stream;
+    schedule->give_back_on(stream);
+    for (Memory& rows : pass->reset_rows) rows.give_back_on(stream);
+    for (Layer<S>& layer : layers) {
+      for (Direction<S>& of : layer) {
+        for (Memory* memory :
+             {&of.x_rows, &of.h_rows, &of.gates, &of.c_rows, &of.h0, &of.c0, &of.h, &of.c})
+          memory->give_back_on(stream);
+        for (Memory& c : of.c_before) c.give_back_on(stream);
+      }
+    }
+  }
 };
 
 namespace {
@@ -528,6 +569,7 @@ DeviceTape<S>::DeviceTape(std::shared_ptr<const DeviceStack<S>> stack, const Dev
   s.stack = std::move(stack);
   s.call = call;
   const Stream stream = call.stream;
+  const SharedUse use(stream);
   s.schedule = std::make_unique<DeviceSchedule>(call.steps, call.batch, call.lengths, stream);
   s.pass = std::make_unique<Pass<S>>(*s.stack, s.call, *s.schedule);
   const Pass<S>& pass = *s.pass;
@@ -562,13 +604,22 @@ DeviceTape<S>::DeviceTape(std::shared_ptr<const DeviceStack<S>> stack, const Dev
     store_final_states(pass, l, at);
   }
   write_output(pass, s.layers.back());
+  s.made = Event(stream);
+}
+
+// The stream of a tape whose backward pass never came may be gone.
+template <class S>
+DeviceTape<S>::~DeviceTape() {
+  if (state_ == nullptr) return;
+  try {
+    state_->hand_over(keeper());
+  } catch (const std::exception&) {  // the device has failed, or the process ends
+  }
 }
 
 template <class S>
-DeviceTape<S>::~DeviceTape() = default;
-
-template <class S>
 size_t DeviceTape<S>::bytes() const {
+  if (state_ == nullptr) return 0;
   size_t total = state_->stack->bytes() + state_->schedule->bytes();
   for (const Layer<S>& layer : state_->layers) {
     for (const Direction<S>& of : layer) {
@@ -724,11 +775,10 @@ class LayerBackward {
 
 template <class S>
 void DeviceTape<S>::backward(const DeviceBackwardCall<S>& call) {
-  State& s = *state_;
-  // The forward pass may have run on another stream, whose order its memory is given back in.
-  const Stream made_on = s.call.stream;
-  if (made_on.handle != call.stream.handle) synchronize(made_on);
-  s.call.stream = call.stream;
+  const std::unique_ptr<State> used_up = std::move(state_);
+  State& s = *used_up;
+  const SharedUse use(call.stream);
+  s.hand_over(call.stream);
   s.call.interrupt = call.interrupt;
   const Pass<S>& pass = *s.pass;
   const StackSpec& spec = s.stack->spec();
@@ -779,8 +829,6 @@ void DeviceTape<S>::backward(const DeviceBackwardCall<S>& call) {
     for (int d = 0; d < spec.directions; ++d) dx_rows[d] = above->dx_rows[d].template data<A>();
     scatter_input_gradient<A>(call.stream, map, spec.I, spec.directions, dx_rows, call.dx);
   }
-  above.reset();
-  if (made_on.handle != call.stream.handle) synchronize(call.stream);
 }
 
 #define FASTRNN_INSTANTIATE(S)                                                  \

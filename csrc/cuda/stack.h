@@ -30,7 +30,8 @@ struct DeviceGradients {  // accumulated into
 };
 
 // A private, immutable copy of all weights on the device, and their packed forms, made when they
-// are first needed.
+// are first needed. Calls may use it on any streams at a time; each has a SharedUse (stack.cc),
+// which keeps the memory until its work is done.
 template <class S>
 class DeviceStack {
  public:
@@ -55,7 +56,11 @@ class DeviceStack {
     Memory weights;  // w_ih, w_hh, gate bias, state bias
     const A *w_ih, *w_hh, *gate_bias, *state_bias;
   };
-  // The packed form `key`, made by `make(out)` if there is none yet.
+  struct Form {
+    Memory memory;
+    Event made;
+  };
+  // The packed form `form` of `index`, made by `make(out)` if there is none yet.
   template <class Make>
   const S* packed(int index, int form, int64_t elements, Stream stream, const Make& make) const;
 
@@ -63,8 +68,8 @@ class DeviceStack {
   Precision precision_;
   std::vector<Layer> layers_;
   mutable std::mutex mutex_;
-  mutable std::map<std::pair<int, int>, Memory> packed_;
-  mutable Stream stream_;  // that used the weights last
+  mutable Event made_;  // layers_
+  mutable std::map<std::pair<int, int>, Form> packed_;
 };
 
 // One call. All arrays are device memory, except for lengths.
@@ -119,7 +124,7 @@ class DeviceTape {
   DeviceTape(const DeviceTape&) = delete;
   DeviceTape& operator=(const DeviceTape&) = delete;
 
-  // Exact back-propagation through time. Overwrites the tape: once only.
+  // Exact back-propagation through time. Uses up the tape: once only.
   void backward(const DeviceBackwardCall<S>& call);
   size_t bytes() const;
 

@@ -1,5 +1,6 @@
 #include "cuda/step.h"
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -465,32 +466,44 @@ struct Advance {
 };
 
 // Recorded groups of steps, kept for the next call that has the same kernels and grid. One that is
-// in use belongs to its call.
+// in use belongs to its call. A call on another stream that finds all of them still at work records
+// one more, so that streams go on side by side; when there are enough, it waits for one on the
+// device.
 class Recordings {
  public:
   struct Recording {
     Memory args;
     Graph graph;
+    const void* last_stream;  // to be compared; it may be gone
+    Event used;               // after its last use
   };
   // Kernel, grid, and the size of its arguments.
   using Key = std::tuple<const void*, unsigned, unsigned, unsigned>;
 
-  std::unique_ptr<Recording> take(const Key& key) {
+  // One whose `args` may be overwritten on the stream, or null.
+  std::unique_ptr<Recording> take(const Key& key, Stream stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto& free = free_[key];
-    if (free.empty()) return nullptr;
-    std::unique_ptr<Recording> recording = std::move(free.back());
-    free.pop_back();
+    auto at = std::find_if(free.begin(), free.end(), [&](const auto& recording) {
+      return recording->last_stream == stream.handle || recording->used.reached();
+    });
+    if (at == free.end()) {
+      if (free.size() < kEnough) return nullptr;
+      at = free.begin();
+    }
+    std::unique_ptr<Recording> recording = std::move(*at);
+    free.erase(at);
+    recording->used.wait(stream);
+    recording->args.give_back_on(stream);  // should the call fail
     return recording;
   }
   void give_back(const Key& key, std::unique_ptr<Recording> recording) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto& free = free_[key];
-    if (free.size() < kKept) free.push_back(std::move(recording));
+    free_[key].push_back(std::move(recording));
   }
 
  private:
-  static constexpr size_t kKept = 4;
+  static constexpr size_t kEnough = 4;
   std::mutex mutex_;
   std::map<Key, std::vector<std::unique_ptr<Recording>>> free_;
 };
@@ -506,6 +519,7 @@ Recordings& recordings() {
 template <class Args, class LaunchStep>
 void run_steps(Stream stream, const Args& args, int64_t count, int sign, const void* kernel,
                const Index3& grid, const LaunchStep& launch_step) {
+  static_assert(sizeof(Args) <= kSmallCopy, "the host would wait");
   if (count < 2 * kRecorded) {  // not worth a recording
     const Memory device = allocate<Args>(1, stream);
     copy_to_device(device.data(), &args, sizeof(args), stream);
@@ -514,11 +528,10 @@ void run_steps(Stream stream, const Args& args, int64_t count, int sign, const v
     return;
   }
   const Recordings::Key key(kernel, grid.x, grid.y, grid.z);
-  std::unique_ptr<Recordings::Recording> recording = recordings().take(key);
+  std::unique_ptr<Recordings::Recording> recording = recordings().take(key, stream);
   if (recording == nullptr) {
     recording = std::make_unique<Recordings::Recording>();
-    recording->args = allocate<Args>(1, Stream{});
-    synchronize(Stream{});  // it outlives this stream's order
+    recording->args = allocate<Args>(1, stream);
     Args* const place = recording->args.template data<Args>();
     recording->graph = Graph::record([&](Stream recorded) {
       for (int i = 0; i < kRecorded; ++i) launch_step(recorded, place, i);
@@ -527,7 +540,8 @@ void run_steps(Stream stream, const Args& args, int64_t count, int sign, const v
   }
   copy_to_device(recording->args.data(), &args, sizeof(args), stream);
   for (int64_t i = 0; i < count; i += kRecorded) recording->graph.replay(stream);
-  synchronize(stream);  // the next call that takes the recording may run on another stream
+  recording->last_stream = stream.handle;
+  recording->used = Event(stream);
   recordings().give_back(key, std::move(recording));
 }
 

@@ -65,25 +65,22 @@ Storage::Storage(std::shared_ptr<void> owner, cuda::Stream stream, bool ordered,
       ordered_(ordered),
       writable_(is_writable) {}
 
-// Memory goes back in the order of the stream it was taken on: the work of another one must be done
-// by then.
+// Memory goes back in the order of the stream it was taken on. Where its owner knows no streams,
+// its last work must be done by then.
 Storage::~Storage() {
-  if (ordered_ && stream_.handle == made_.handle) return;
   try {
-    cuda::synchronize(stream_);
+    if (ordered_) {
+      cuda::wait_for(made_, stream_);
+    } else {
+      cuda::synchronize(stream_);
+    }
   } catch (...) {  // the work has failed, or the process ends: nothing waits for it any more
   }
 }
 
 void Storage::hand_over(cuda::Stream stream) {
-  while (stream.handle != stream_.handle) {
-    const cuda::Stream last = stream_;
-    {
-      const py::gil_scoped_release unlocked;
-      cuda::synchronize(last);
-    }
-    if (stream_.handle == last.handle) stream_ = stream;  // else another thread was faster
-  }
+  cuda::wait_for(stream, stream_);
+  stream_ = stream;
 }
 
 Array::Array(std::shared_ptr<Storage> storage, void* data, DType dtype, Shape shape, Shape strides)

@@ -2,9 +2,9 @@
 // place, and the way to and from NumPy.
 //
 // Streams. Memory knows the stream that used it last. Asking for a pointer names the stream that is
-// about to use it: where that is another one, the host first waits for the work of the last. So
-// arrays may go from stream to stream and from library to library, and a program that stays on one
-// stream never waits.
+// about to use it: where that is another one, it first waits for the work of the last, on the
+// device. So arrays may go from stream to stream and from library to library, and the host does not
+// wait.
 #ifndef FASTRNN_BINDINGS_CUDA_ARRAYS_H_
 #define FASTRNN_BINDINGS_CUDA_ARRAYS_H_
 
@@ -56,8 +56,8 @@ class Storage {
   Storage& operator=(const Storage&) = delete;
 
   cuda::Stream stream() const { return stream_; }
-  // From here on used on `stream`; waits for the work of the stream that used it last, if that is
-  // another one. Called with the interpreter's lock held.
+  // From here on used on `stream`, after the work of the stream that used it last. Called with the
+  // interpreter's lock held.
   void hand_over(cuda::Stream stream);
   bool writable() const { return writable_; }
   void* data() const { return memory_.data(); }  // of memory of its own

@@ -21,7 +21,7 @@ py::dict info() {
   d["shared_per_block"] = i.shared_per_block;
   d["registers_per_multiprocessor"] = i.registers_per_multiprocessor;
   d["memory"] = i.memory;
-  d["free_memory"] = i.free_memory;
+  d["free_memory"] = cuda::free_memory();
   d["l2_bytes"] = i.l2_bytes;
   d["driver"] = i.driver;
   d["runtime"] = i.runtime;

@@ -178,8 +178,7 @@ Array import_interface(const std::string& name, const py::object& x, cuda::Strea
     if (d.contains("stream") && !d["stream"].is_none()) {
       const auto producer = py::cast<uintptr_t>(d["stream"]);
       if (producer == 0) value_mismatch(name, "a stream by its address, 1 or 2", "stream 0");
-      const py::gil_scoped_release unlocked;
-      if (producer != public_address(stream)) cuda::synchronize(stream_of(producer));
+      if (producer != public_address(stream)) cuda::wait_for(stream, stream_of(producer));
     }
     auto storage = std::make_shared<Storage>(keep(x), stream, ordered, !py::cast<bool>(data[1]));
     return Array(std::move(storage), address, type.dtype, shape, strides);

@@ -342,6 +342,7 @@ struct DeviceTapeHolder {
     const bool has_cell = cell_traits(spec.kind).has_cell;
     const Stream stream = stream_for(stream_address, device_array(dy));
     const int64_t* const row_starts = starts ? starts->data<int64_t>(stream) : nullptr;
+    if (ids) ids->data<int64_t>(stream);  // which steps that run again read
     cuda::DeviceBackwardCall<S> call = {};
     call.stream = stream;
     bool on_device = form.on_device;

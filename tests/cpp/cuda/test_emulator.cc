@@ -965,7 +965,7 @@ void test_memory() {
   {
     Memory a(1000, Stream()), b(9000, Stream());
     CHECK_EQ(emulator::live_bytes(), 10000u);
-    CHECK_EQ(device_info().free_memory, 0u);
+    CHECK_EQ(free_memory(), 0u);
     CHECK_EQ(reinterpret_cast<uintptr_t>(a.data()) % 256, 0u);
     for (const uint8_t byte : download<uint8_t>(a)) CHECK_EQ(byte, 0xFF);
     bool threw = false;
