@@ -10,8 +10,6 @@
 #ifndef FASTRNN_CPU_GEMM_H_
 #define FASTRNN_CPU_GEMM_H_
 
-#include <type_traits>
-
 #include "core/args.h"
 #include "cpu/vec.h"
 
@@ -264,6 +262,12 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
   }
 }
 
+// A number of rows that the compiler knows.
+template <int n>
+struct FixedRows {
+  static constexpr int value = n;
+};
+
 // The k of a product of columns: rows of panels, in runs, each from its last row to its first.
 struct Rows {
   const Run* runs;
@@ -289,17 +293,17 @@ __attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stri
     const T* x = a + (run.row + run.rows) * W;
     const T* y = b + (run.row + run.rows) * W;
     int64_t k = run.rows;
-    const auto take = [&](auto rows_before) FASTRNN_INLINE_LAMBDA {
-      constexpr int n = decltype(rows_before)::value;
+    const auto take = [&](auto fixed) FASTRNN_INLINE_LAMBDA {
+      constexpr int n = decltype(fixed)::value;
 #pragma GCC unroll 8
       for (int u = 1; u <= n; ++u) tile.template add<1>(x - u * W, y - u * W, b_stride);
       x -= n * W;
       y -= n * W;
       k -= n;
     };
-    while (k >= kUnrolled) take(std::integral_constant<int, kUnrolled>());
-    if (k >= kUnrolled / 2) take(std::integral_constant<int, kUnrolled / 2>());
-    while (k > 0) take(std::integral_constant<int, 1>());
+    while (k >= kUnrolled) take(FixedRows<kUnrolled>());
+    if (k >= kUnrolled / 2) take(FixedRows<kUnrolled / 2>());
+    while (k > 0) take(FixedRows<1>());
   }
   tile.store(c);
 }
