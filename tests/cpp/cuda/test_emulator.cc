@@ -18,6 +18,7 @@
 #include "check.h"
 #include "cuda/half.h"
 #include "cuda/ptx.h"
+#include "errors.h"
 
 namespace {
 
@@ -34,23 +35,6 @@ void use_seed(uint64_t seed, bool delay_stores = false) {
   options.seed = seed;
   options.delay_stores = delay_stores;
   emulator::configure(options);
-}
-
-// The message of the Error that f throws; empty if it throws none.
-template <class F>
-std::string error_of(const F& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-
-bool contains(const std::string& text, const char* part) {
-  const bool found = text.find(part) != std::string::npos;
-  if (!found) std::fprintf(stderr, "no '%s' in '%s'\n", part, text.c_str());
-  return found;
 }
 
 template <class T>

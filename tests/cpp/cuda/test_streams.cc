@@ -13,6 +13,7 @@
 #include "cuda/emulator.h"
 #include "cuda/runtime.h"
 #include "cuda/stack.h"
+#include "errors.h"
 
 namespace {
 
@@ -30,19 +31,6 @@ void defer_streams(bool defer, uint64_t seed = 0) {
 Stream stream(int i) {
   static char handles[16];
   return {&handles[i]};
-}
-
-template <class F>
-std::string error_of(const F& f) {
-  try {
-    f();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "";
-}
-bool contains(const std::string& text, const char* part) {
-  return text.find(part) != std::string::npos;
 }
 
 template <class T>
