@@ -1,39 +1,30 @@
 #include "core/team.h"
 
 #include <chrono>
-#include <thread>
 
 #include "core/args.h"
+#include "core/placement.h"
+#include "core/spin.h"
 #include "core/threads.h"
 
 namespace fastrnn {
 namespace {
 
-inline void cpu_pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("isb" ::: "memory");
-#endif
-}
-
-// Turns of a spinning wait before the processor is offered to somebody else: some 3 µs where a
-// pause takes 140 cycles (Intel's since Skylake), 1 µs where it takes 40. A member that runs is
-// seldom later, and a yield that finds nobody costs it 0.3 µs; one that does not run (two members
-// on one processor) needs the yield.
-constexpr int kSpins = 64;
-
-// Until this bit is set in `joined` members may still join.
-constexpr int kClosed = 1 << 30;
+// Pauses of a waiting member where two members have one processor, which the other one needs: some
+// 3 µs, or 1 µs (core/spin.h).
+constexpr int kPausesTogether = 64;
 
 constexpr std::chrono::microseconds kWaitForMembers{100};
 
 }  // namespace
 
 bool Team::barrier() {
-  if (size_ == 1) return interrupt_ != nullptr && interrupt_->stop();
+  const int size = size_;  // not read again: once all have arrived, the next piece may change it
+  if (size == 1) return interrupt_ != nullptr && interrupt_->stop();
+  // Alone in a forked child, it would else be its own second member at the next barrier.
+  if (fork_count() != forks_) return true;
   const uint32_t turn = turn_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
     // The last to arrive decides for all whether to go on: a member that saw the flag alone would
     // leave the others waiting for it.
     const bool stop = interrupt_ != nullptr && interrupt_->stop();
@@ -41,50 +32,102 @@ bool Team::barrier() {
     turn_.store(((turn & ~1u) + 2) | (stop ? 1 : 0), std::memory_order_release);
     return stop;
   }
-  for (int spins = 0;;) {
+  for (Spin spin = patience();; spin.wait()) {
     const uint32_t now = turn_.load(std::memory_order_acquire);
     if (now != turn) return (now & 1) != 0;
-    if (spins < kSpins) {
-      ++spins;
-      cpu_pause();
-    } else {
-      std::this_thread::yield();
-    }
   }
+}
+
+void Team::sit() {
+  const uint64_t seat = uint64_t{1} << (this_processor() & 63);
+  if (seats_.fetch_or(seat) & seat) together_.store(true);
+}
+
+Spin Team::patience() const {
+  return together_.load(std::memory_order_relaxed) ? Spin(kPausesTogether) : Spin();
 }
 
 bool team_barrier(Team* team) { return team->barrier(); }
 
-void run_team(int members, void (*fn)(void* ctx, int rank, Team& team), void* ctx,
-              Interrupt* interrupt) {
-  struct Call {
-    void (*fn)(void*, int, Team&);
-    void* ctx;
-    int members;
-    Team team;
-    std::atomic<int> joined{0};
-    std::atomic<bool> sized{false};  // rank 0 has fixed the size
-  };
-  Call call = {fn, ctx, members, Team(interrupt), {0}, {false}};
+namespace {
+
+using Piece = void (*)(void* ctx, int64_t piece, int rank, Team& team);
+
+constexpr int kClosed = 1 << 30;
+constexpr int kSizeShift = 48;
+constexpr uint64_t kOver = ~uint64_t{0};
+
+}  // namespace
+
+// One call of run_team().
+struct TeamCall {
+  TeamCall(int member_count, int64_t piece_count, Piece piece_fn, void* piece_ctx,
+           Interrupt* interrupt)
+      : members(member_count), pieces(piece_count), fn(piece_fn), ctx(piece_ctx), team(interrupt) {}
+
+  // Rank 0.
+  void lead() {
+    team.sit();
+    const auto deadline = std::chrono::steady_clock::now() + kWaitForMembers;
+    while (joined.load() < members - 1 && std::chrono::steady_clock::now() < deadline) cpu_pause();
+    bool stop = false;
+    for (int64_t piece = 0; piece < pieces && !stop; ++piece) {
+      team.size_ = 1 + joined.load();
+      in_hand.store(
+          static_cast<uint64_t>(team.size_) << kSizeShift | static_cast<uint64_t>(piece + 1),
+          std::memory_order_release);
+      fn(ctx, piece, 0, team);
+      stop = team.barrier();
+    }
+    joined.fetch_or(kClosed);
+    in_hand.store(kOver);
+  }
+
+  // Any other thread.
+  void follow() {
+    int before = joined.load();
+    do {
+      if (before & kClosed) return;
+    } while (!joined.compare_exchange_weak(before, before + 1));
+    const int rank = before + 1;
+    team.sit();
+    for (uint64_t seen = 0;;) {
+      uint64_t now = in_hand.load(std::memory_order_acquire);
+      for (Spin spin = team.patience(); now == seen; now = in_hand.load(std::memory_order_acquire))
+        spin.wait();
+      if (now == kOver) return;
+      seen = now;
+      if (rank >= static_cast<int>(now >> kSizeShift)) continue;  // too late for this one
+      const uint64_t piece = now & ((uint64_t{1} << kSizeShift) - 1);
+      fn(ctx, static_cast<int64_t>(piece - 1), rank, team);
+      if (team.barrier()) return;
+    }
+  }
+
+  const int members;
+  const int64_t pieces;
+  const Piece fn;
+  void* const ctx;
+  Team team;
+  std::atomic<int> joined{0};  // threads beside rank 0; with kClosed: it is over
+  // The piece in hand, counted from 1, and above it the team's size, for a member must see both at
+  // once. 0 before the first, kOver after the last.
+  std::atomic<uint64_t> in_hand{0};
+};
+
+Team::Team(Interrupt* interrupt) : interrupt_(interrupt), forks_(fork_count()) {}
+
+void run_team(int members, int64_t pieces, Piece fn, void* ctx, Interrupt* interrupt) {
+  TeamCall call(members, pieces, fn, ctx, interrupt);
   parallel(
       members,
       [](void* p, int task) {
-        Call& c = *static_cast<Call*>(p);
+        TeamCall& c = *static_cast<TeamCall*>(p);
         if (task == 0) {
-          const auto deadline = std::chrono::steady_clock::now() + kWaitForMembers;
-          while (c.joined.load() < c.members - 1 && std::chrono::steady_clock::now() < deadline)
-            cpu_pause();
-          c.team.size_ = 1 + c.joined.fetch_or(kClosed);
-          c.sized.store(true, std::memory_order_release);
-          c.fn(c.ctx, 0, c.team);
-          return;
+          c.lead();
+        } else {
+          c.follow();
         }
-        int others = c.joined.load();
-        do {
-          if (others & kClosed) return;
-        } while (!c.joined.compare_exchange_weak(others, others + 1));
-        while (!c.sized.load(std::memory_order_acquire)) cpu_pause();
-        c.fn(c.ctx, others + 1, c.team);
       },
       &call, interrupt);
 }

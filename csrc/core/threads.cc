@@ -6,9 +6,10 @@
 // that is slow to wake. The region itself lies on the caller's stack; a worker's last touch of it
 // comes before its decrement of `remaining`.
 //
-// Waiting, on both sides: spin for some 30 µs (a hand-over between running threads costs 0.1 µs),
-// yield a few times, then sleep on a condition variable. Sleeper and waker each write their own
-// flag and then read the other's with sequential consistency, so a wake-up cannot be missed.
+// Waiting, on both sides: spin for some 100 µs (a hand-over between running threads costs 0.1 µs),
+// then sleep on a condition variable. Sleeper and waker each write their own flag and then read the
+// other's with sequential consistency, so a wake-up cannot be missed. Who is woken wakes on a
+// processor of its own (core/placement.h).
 #include "core/threads.h"
 
 #include <pthread.h>
@@ -33,14 +34,16 @@
 #include <vector>
 
 #include "core/fpenv.h"
+#include "core/placement.h"
+#include "core/spin.h"
 
 namespace fastrnn {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::microseconds kSpin{30};
-constexpr int kYields = 8;
+constexpr std::chrono::microseconds kSpin{
+    100};  // about what waking a thread takes on a virtual machine
 constexpr std::chrono::milliseconds kPollWhileWaiting{20};
 constexpr std::int64_t kPollNs = 10'000'000;
 
@@ -52,15 +55,8 @@ std::int64_t now_ns() {
       .count();
 }
 
-inline void cpu_pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("isb" ::: "memory");
-#endif
-}
-
-// True as soon as ready() is; false when it was not for `budget` and a few yields more.
+// True as soon as ready() is; false when it was not for `budget`. Whoever has waited in vain
+// sleeps: to offer the processor to others first would hand it to another program for milliseconds.
 template <class Ready>
 bool spin_until(const Ready& ready, Clock::duration budget) {
   const Clock::time_point deadline = Clock::now() + budget;
@@ -70,10 +66,6 @@ bool spin_until(const Ready& ready, Clock::duration budget) {
       cpu_pause();
     }
   } while (Clock::now() < deadline);
-  for (int i = 0; i < kYields; ++i) {
-    if (ready()) return true;
-    std::this_thread::yield();
-  }
   return ready();
 }
 
@@ -116,6 +108,8 @@ struct Region {
 struct Worker {
   alignas(64) std::atomic<Region*> offer{nullptr};
   std::atomic<bool> parked{false};
+  std::atomic<int> processor{-1};  // where it was when it last had an offer or went to sleep
+  pthread_t thread{};
   std::mutex mutex;
   std::condition_variable wake;
 };
@@ -135,7 +129,7 @@ class Pool {
     const unsigned forks = g_forks.load();
     const std::size_t helpers = start_workers(threads - 1);
     remaining_.store(static_cast<int>(helpers));
-    for (std::size_t i = 0; i < helpers; ++i) offer(*workers_[i], &region);
+    offer(helpers, &region);
     try {
       region.run(0);
       region.claim_tasks();
@@ -171,7 +165,9 @@ class Pool {
         while (workers_.size() < count) {
           workers_.reserve(count);
           auto worker = std::make_unique<Worker>();
-          std::thread(&Pool::worker_main, this, worker.get()).detach();
+          std::thread thread(&Pool::worker_main, this, worker.get());
+          worker->thread = thread.native_handle();  // valid for good: workers never end
+          thread.detach();
           workers_.push_back(std::move(worker));
         }
       } catch (const std::system_error&) {  // no more threads: fewer do
@@ -182,13 +178,27 @@ class Pool {
     return std::min(count, workers_.size());
   }
 
-  static void offer(Worker& worker, Region* region) {
-    worker.offer.store(region);
-    if (worker.parked.load()) {
+  // Those who spin first: they are on their way while the sleepers are woken.
+  void offer(std::size_t helpers, Region* region) {
+    Placement placement;
+    placement.take(this_processor());
+    bool asleep = false;
+    for (std::size_t i = 0; i < helpers; ++i) {
+      workers_[i]->offer.store(region);
+      if (workers_[i]->parked.load()) {
+        asleep = true;
+      } else {
+        placement.take(workers_[i]->processor.load(std::memory_order_relaxed));
+      }
+    }
+    for (std::size_t i = 0; asleep && i < helpers; ++i) {
+      Worker& worker = *workers_[i];
+      if (!worker.parked.load()) continue;
       {
         std::lock_guard<std::mutex> lock(worker.mutex);
       }  // it is now inside wait, not on its way
-      worker.wake.notify_one();
+      placement.wake(worker.thread, worker.processor.load(std::memory_order_relaxed),
+                     [&worker] { worker.wake.notify_one(); });
     }
   }
 
@@ -228,6 +238,7 @@ class Pool {
     for (;;) {
       if (!spin_until(offered, std::chrono::nanoseconds(pool->spin_ns_.load()))) {
         std::unique_lock<std::mutex> lock(worker->mutex);
+        worker->processor.store(this_processor(), std::memory_order_relaxed);
         worker->parked.store(true);
         // No loop: woken for an offer that was taken back again, spin for the next one.
         if (!offered()) worker->wake.wait(lock);
@@ -235,6 +246,7 @@ class Pool {
       }
       Region* region = worker->offer.exchange(nullptr);
       if (region == nullptr) continue;  // taken back meanwhile
+      worker->processor.store(this_processor(), std::memory_order_relaxed);
       region->claim_tasks();
       if (pool->remaining_.fetch_sub(1) == 1 && pool->caller_parked_.load()) {
         {

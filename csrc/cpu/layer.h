@@ -7,12 +7,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <thread>
 #include <vector>
 
 #include "core/checked.h"
 #include "core/memory.h"
 #include "core/schedule.h"
+#include "core/spin.h"
 #include "core/team.h"
 #include "core/threads.h"
 #include "cpu/plan.h"
@@ -40,11 +40,14 @@ Buffer make_buffer(int64_t rows, int64_t columns) {
   return Buffer(checked_mul(static_cast<size_t>(rows), static_cast<size_t>(columns), sizeof(T)));
 }
 
-// f(rank, team) on the members of a team.
+// f(piece, rank, team) on the members of a team, piece by piece.
 template <class F>
-void run_as_team(int members, Interrupt* interrupt, const F& f) {
+void run_as_team(int members, int64_t pieces, Interrupt* interrupt, const F& f) {
   run_team(
-      members, [](void* ctx, int rank, Team& team) { (*static_cast<const F*>(ctx))(rank, team); },
+      members, pieces,
+      [](void* ctx, int64_t piece, int rank, Team& team) {
+        (*static_cast<const F*>(ctx))(piece, rank, team);
+      },
       const_cast<void*>(static_cast<const void*>(&f)), interrupt);
 }
 
@@ -208,15 +211,14 @@ class LayerForward {
 
   void run(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
     if (team_ > 1) {
-      // Gathered anew for every chunk, so that a thread that was late joins the next.
-      for (int64_t chunk = chunk0; chunk < chunk1; ++chunk) {
-        run_as_team(team_, interrupt, [&](int rank, Team& team) {
-          const Share share = {rows_[0], rows_[1],    0,
-                               rank,     team.size(), team.size() > 1 ? &team : nullptr};
-          kernels_.forward[kind_](directions_[0], chunk, chunk + 1, share,
-                                  scratch_.template data<T>());
-        });
-      }
+      // A thread that comes late takes part from the next chunk on.
+      run_as_team(team_, chunk1 - chunk0, interrupt, [&](int64_t piece, int rank, Team& team) {
+        const Share share = {rows_[0], rows_[1],    0,
+                             rank,     team.size(), team.size() > 1 ? &team : nullptr};
+        const int64_t chunk = chunk0 + piece;
+        kernels_.forward[kind_](directions_[0], chunk, chunk + 1, share,
+                                scratch_.template data<T>());
+      });
     } else if (workers_ == 1) {
       if (interrupt != nullptr) interrupt->poll();  // a short run ends before its kernels ask
       run_here(chunk0, chunk1);
@@ -244,7 +246,7 @@ class LayerForward {
     for (Progress& p : progress) p.next = chunk0;
     const unsigned forks = fork_count();
     run_parallel(workers_, interrupt, [&](int worker) {
-      for (;;) {
+      for (Spin spin;;) {
         int64_t least = chunk1, unfinished = 0;
         size_t chosen = 0;
         for (size_t i = 0; i < progress.size(); ++i) {
@@ -259,9 +261,10 @@ class LayerForward {
         if (interrupt != nullptr && interrupt_tick(interrupt)) return;
         if (fork_count() != forks) return;
         if (least == chunk1) {  // all in hand: one may come back unfinished
-          std::this_thread::yield();
+          spin.wait();
           continue;
         }
+        spin.reset();
         Progress& task = progress[chosen];
         if (task.taken.exchange(true, std::memory_order_acquire)) continue;
         const int64_t next = task.next.load(std::memory_order_relaxed);

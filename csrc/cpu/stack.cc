@@ -2,7 +2,6 @@
 #include "cpu/stack.h"
 
 #include <atomic>
-#include <thread>
 
 #include "core/fpenv.h"
 #include "cpu/layer.h"
@@ -88,7 +87,7 @@ void run_wavefront(std::vector<LayerForward<T>>& layers, int64_t chunks, int thr
   }
   const unsigned forks = fork_count();
   run_parallel(threads, interrupt, [&](int) {
-    while (done[L - 1].load(std::memory_order_acquire) < chunks) {
+    for (Spin spin; done[L - 1].load(std::memory_order_acquire) < chunks;) {
       bool worked = false;
       for (size_t l = L; l-- > 0 && !worked;) {
         const auto ready = [&] {
@@ -106,7 +105,11 @@ void run_wavefront(std::vector<LayerForward<T>>& layers, int64_t chunks, int thr
       }
       if (interrupt != nullptr && interrupt_tick(interrupt)) return;
       if (fork_count() != forks) return;
-      if (!worked) std::this_thread::yield();
+      if (worked) {
+        spin.reset();
+      } else {
+        spin.wait();
+      }
     }
   });
 }

@@ -437,7 +437,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   };
   // The members of a team do not take tasks: they meet in every step.
   const auto back_as_team = [&](int64_t c) {
-    run_as_team(team_members, call.interrupt, [&](int rank, Team& team) {
+    run_as_team(team_members, 1, call.interrupt, [&](int64_t, int rank, Team& team) {
       const Share share = {0, batch, 0, rank, team.size(), team.size() > 1 ? &team : nullptr};
       k.backward[kind](args[0], c, share, reset_scratch.template data<T>());
     });
@@ -461,20 +461,22 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     }
     BackTasks tasks({first, end, D, step_parts, panel_parts, want_dx ? dx_parts : 0, copies});
     const unsigned forks = fork_count();
-    constexpr int kYields = 64;  // some 20 µs; then asleep, but for a look for Ctrl-C now and then
+    // Looks at what there is to do, a few pauses apart: some 30 µs; then asleep, but for a look for
+    // Ctrl-C now and then.
+    constexpr int kLooks = 64, kPauses = 8;
     constexpr std::chrono::microseconds kAtOnce{0}, kPatience{2000};
     run(threads, [&](int worker) {
       BackTask task;
       for (int misses = 0; !tasks.finished();) {
         if (call.interrupt != nullptr && interrupt_tick(call.interrupt)) return;
         if (fork_count() != forks) return;
-        if (tasks.take(&task, misses < kYields ? kAtOnce : kPatience)) {
+        if (tasks.take(&task, misses < kLooks ? kAtOnce : kPatience)) {
           perform(task, worker);
           tasks.done(task);
           misses = 0;
-        } else if (misses < kYields) {
+        } else if (misses < kLooks) {
           ++misses;
-          std::this_thread::yield();
+          for (int i = 0; i < kPauses; ++i) cpu_pause();
         }
       }
     });

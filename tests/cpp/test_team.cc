@@ -1,16 +1,33 @@
-// A team's members: who takes part, that a barrier separates the turns (checked by the values, and
-// by ThreadSanitizer), that all stop in the same turn. With more members than processors too, where
-// a barrier must not spin for long.
+// A team's members: who takes part in which piece, that a barrier separates the turns (checked by
+// the values, and by ThreadSanitizer), that all stop in the same turn, that a thread that comes
+// late takes part from the next piece on, and that a forked child does not wait for members that it
+// does not have. With more members than processors too, where a barrier must not spin for long.
 #include "core/team.h"
 
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
+#include <csignal>
+#include <exception>
+#include <filesystem>
 #include <functional>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "check.h"
 #include "core/args.h"
 #include "core/threads.h"
+
+#if defined(__SANITIZE_THREAD__)
+#define FASTRNN_THREAD_SANITIZER 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define FASTRNN_THREAD_SANITIZER 1
+#endif
+#endif
 
 namespace {
 
@@ -19,12 +36,19 @@ using fastrnn::Interrupted;
 using fastrnn::Team;
 
 using Body = std::function<void(int rank, Team& team)>;
+using Piece = std::function<void(int64_t piece, int rank, Team& team)>;
+
+void run_pieces(int members, int64_t pieces, const Piece& body, Interrupt* interrupt = nullptr) {
+  fastrnn::run_team(
+      members, pieces,
+      [](void* ctx, int64_t piece, int rank, Team& team) {
+        (*static_cast<const Piece*>(ctx))(piece, rank, team);
+      },
+      const_cast<Piece*>(&body), interrupt);
+}
 
 void run(int members, const Body& body, Interrupt* interrupt = nullptr) {
-  fastrnn::run_team(
-      members,
-      [](void* ctx, int rank, Team& team) { (*static_cast<const Body*>(ctx))(rank, team); },
-      const_cast<Body*>(&body), interrupt);
+  run_pieces(members, 1, [&body](int64_t, int rank, Team& team) { body(rank, team); }, interrupt);
 }
 
 void test_members() {
@@ -98,6 +122,122 @@ void test_stop() {
   }
 }
 
+// Every piece is worked on by the ranks below its size, once each, and is over when the next
+// begins; a team only grows.
+void test_pieces() {
+  constexpr int kPieces = 200;
+  for (int members = 1; members <= 4; ++members) {
+    std::vector<std::vector<int>> seen(kPieces, std::vector<int>(4, 0));
+    std::vector<int> size(kPieces, 0);
+    std::atomic<int> inside{0}, wrong{0};
+    std::atomic<int64_t> current{-1};
+    run_pieces(members, kPieces, [&](int64_t piece, int rank, Team& team) {
+      ++inside;
+      if (rank == 0) {
+        size[static_cast<std::size_t>(piece)] = team.size();
+        current = piece;
+      }
+      ++seen[static_cast<std::size_t>(piece)][static_cast<std::size_t>(rank)];
+      wrong += team.barrier();
+      wrong += current != piece || inside != team.size();
+      wrong += team.barrier();
+      --inside;
+    });
+    CHECK_EQ(wrong.load(), 0);
+    for (std::size_t piece = 0; piece < kPieces; ++piece) {
+      CHECK(size[piece] >= (piece == 0 ? 1 : size[piece - 1]) && size[piece] <= members);
+      for (int rank = 0; rank < 4; ++rank)
+        CHECK_EQ(seen[piece][static_cast<std::size_t>(rank)], rank < size[piece] ? 1 : 0);
+    }
+  }
+}
+
+// A stop in some piece: no further one begins.
+void test_stop_between_pieces() {
+  Interrupt interrupt([](void*) { return false; }, nullptr);
+  std::atomic<int64_t> last{-1};
+  bool thrown = false;
+  try {
+    run_pieces(
+        3, 50,
+        [&](int64_t piece, int rank, Team&) {
+          if (rank == 0) last = piece;
+          if (rank == 0 && piece == 7) interrupt.cancelled = true;
+        },
+        &interrupt);
+  } catch (const Interrupted&) {
+    thrown = true;
+  }
+  CHECK(thrown);
+  CHECK_EQ(last.load(), 7);
+}
+
+#if defined(__linux__) && !defined(FASTRNN_THREAD_SANITIZER) && !defined(FASTRNN_EMULATED)
+
+// The pool's one worker, stopped for 50 ms by a signal, comes when the first pieces are done.
+void test_comes_late() {
+  std::signal(SIGPROF, [](int) { usleep(50000); });
+  fastrnn::set_num_threads(2);
+  run(2, [](int, Team&) {});
+  int signals = 0;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task")) {
+    const auto thread = std::stol(entry.path().filename());
+    if (thread == getpid()) continue;
+    ++signals;
+    CHECK_EQ(syscall(SYS_tgkill, getpid(), thread, SIGPROF), 0);
+  }
+  CHECK(signals >= 1);
+  usleep(1000);  // they are in the handler now
+  std::vector<int> sizes;
+  run_pieces(2, 400, [&](int64_t, int rank, Team& team) {
+    if (rank != 0) return;
+    sizes.push_back(team.size());
+    if (team.size() == 1) usleep(5000);
+  });
+  CHECK_EQ(sizes.size(), 400u);
+  CHECK_EQ(sizes.front(), 1);
+  CHECK_EQ(sizes.back(), 2);
+  std::signal(SIGPROF, SIG_DFL);
+}
+
+// Forked by one member between two barriers: the parent's team goes on, the child's one member
+// leaves instead of waiting for the others, and the call says what happened.
+void test_fork_within_a_team() {
+  fastrnn::set_num_threads(2);
+  pid_t child = -1;
+  int turns = 0;  // of rank 0, in pieces with both
+  int pieces = 0;
+  std::string message;
+  try {
+    run_pieces(2, 400, [&](int64_t, int rank, Team& team) {
+      if (team.size() == 1) {
+        usleep(5000);
+        return;
+      }
+      if (rank == 0) ++pieces;
+      for (int turn = 0; turn < 20; ++turn) {
+        if (rank == 0 && child < 0 && turn == 5) {
+          child = fork();
+          if (child == 0) alarm(10);
+        }
+        if (rank == 0) ++turns;
+        if (team.barrier()) return;
+      }
+    });
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  if (child == 0) _exit(message.find("forked") != std::string::npos && turns < 20 ? 0 : 1);
+  int status = -1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  CHECK_EQ(message, std::string());
+  CHECK(pieces > 0);
+  CHECK_EQ(turns, 20 * pieces);
+}
+
+#endif
+
 // Within a task of the pool nobody can join: the caller is the whole team.
 void test_within_a_task() {
   std::atomic<int> sum{0};
@@ -123,7 +263,13 @@ int main() {
     test_members();
     test_barrier();
     test_stop();
+    test_pieces();
+    test_stop_between_pieces();
     test_within_a_task();
   }
+#if defined(__linux__) && !defined(FASTRNN_THREAD_SANITIZER) && !defined(FASTRNN_EMULATED)
+  test_comes_late();
+  test_fork_within_a_team();
+#endif
   return check_report();
 }
