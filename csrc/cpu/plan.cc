@@ -53,11 +53,11 @@ int plan_turns(int parts, int64_t rows, int64_t chunks) {
   return parts > 1 && chunks >= 6 && rows >= int64_t{8} * more ? more : parts;
 }
 
-bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int64_t rows,
-                    int64_t recurrent) {
-  if (threads < 2 || layers < 2 || directions > 1 || rows >= 8 || steps < 16) return false;
-  const double work = static_cast<double>(steps * rows) * static_cast<double>(recurrent) * layers;
-  return plan_threads(threads, work) > 1;
+bool plan_wavefront(int threads, int layers, const LayerCost& cost) {
+  if (threads < 2 || layers < 2 || cost.directions > 1 || cost.rows >= 8 || cost.steps < 16)
+    return false;
+  if (beyond_cache(2 * cost.w_hh_bytes, cost.l2_bytes)) return false;
+  return plan_threads(threads, cost.multiply_adds) > 1;
 }
 
 int64_t plan_wave_rows(int64_t steps, int64_t rows, int64_t weight_bytes, int64_t l2_bytes) {

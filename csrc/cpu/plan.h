@@ -49,10 +49,11 @@ Division plan_division(int threads, const LayerCost& cost);
 int plan_turns(int parts, int64_t rows, int64_t chunks);
 
 // Whether several layers should run at once, each a chunk of steps behind the one below: when there
-// are too few rows to split and both directions do not already keep two threads busy. recurrent:
-// G*H*H.
-bool plan_wavefront(int threads, int layers, int directions, int64_t steps, int64_t rows,
-                    int64_t recurrent);
+// are too few rows to split, both directions do not already keep two threads busy, and the weights
+// of one layer, W_ih and W_hh, stay in a core's cache: a thread that goes from layer to layer reads
+// them anew for every chunk, where a team would read them once a call. `cost`: of a layer above the
+// first; multiply_adds those of all layers.
+bool plan_wavefront(int threads, int layers, const LayerCost& cost);
 
 // Rows of a wavefront's chunk: in general 16 chunks, so that the layers overlap most of the time,
 // and 8 where the weights of all layers (weight_bytes) are more than one core's cache holds, since

@@ -122,9 +122,13 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
   const int W = kernels.width;
   const int64_t B = call.batch, DH = spec.H * spec.directions, S = ceil_div(spec.H, W);
   const CellTraits traits = cell_traits(spec.kind);
-  const bool waves = plan_wavefront(call.threads, spec.layers, spec.directions, call.steps, B,
-                                    traits.gates * spec.H * spec.H);
   const int64_t gate_bytes = static_cast<int64_t>(sizeof(T)) * traits.gates * spec.H;
+  const int64_t l2_bytes = static_cast<int64_t>(second_level_cache_bytes());
+  const double multiply_adds = static_cast<double>(call.steps * B * spec.layers) *
+                               static_cast<double>(traits.gates * spec.H * spec.H);
+  const bool waves = plan_wavefront(
+      call.threads, spec.layers,
+      {spec.directions, call.steps, B, gate_bytes * spec.H, S, multiply_adds, l2_bytes});
   int64_t weight_bytes = 0, w_ih_bytes = 0;  // of all layers; of the layer with the largest W_ih
   for (int l = 0; l < spec.layers; ++l) {
     const int64_t inputs = l == 0 && call.input.ids != nullptr ? 1 : spec.input_size(l);
@@ -132,8 +136,7 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
     w_ih_bytes = std::max(w_ih_bytes, gate_bytes * inputs);
   }
   const int64_t chunk_rows =
-      waves ? plan_wave_rows(call.steps, B, weight_bytes,
-                             static_cast<int64_t>(second_level_cache_bytes()))
+      waves ? plan_wave_rows(call.steps, B, weight_bytes, l2_bytes)
             : plan_chunk_rows(S * traits.slots * W * static_cast<int64_t>(sizeof(T)), w_ih_bytes);
   const ScheduleBuilder schedule(call.steps, B, call.lengths, chunk_rows);
   const int32_t* const order = schedule.get().order;

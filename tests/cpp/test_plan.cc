@@ -131,15 +131,23 @@ void test_turns() {
 }
 
 void test_wavefront() {
-  const int64_t recurrent = 4 * 256 * 256;
-  CHECK(plan_wavefront(2, 2, 1, 100, 1, recurrent));
-  CHECK(!plan_wavefront(1, 2, 1, 100, 1, recurrent));  // nobody to share with
-  CHECK(!plan_wavefront(2, 1, 1, 100, 1, recurrent));  // nothing to overlap
-  CHECK(!plan_wavefront(2, 2, 2, 100, 1, recurrent));  // the layer above needs the reverse's end
-  CHECK(!plan_wavefront(2, 2, 1, 1, 1, recurrent));
-  CHECK(!plan_wavefront(2, 2, 1, 100, 64, recurrent));  // rows enough to split
-  CHECK(!plan_wavefront(2, 2, 1, 100, 1, 4));
-  CHECK(!plan_wavefront(2, 2, 1, 100, 0, recurrent));
+  const int64_t recurrent = 4 * 128 * 128;
+  const auto layer = [&](int directions, int64_t steps, int64_t rows, int64_t gh_h) {
+    return LayerCost{
+        directions, steps, rows, 4 * gh_h, 16, 2.0 * static_cast<double>(steps * rows * gh_h), kL2};
+  };
+  CHECK(plan_wavefront(2, 2, layer(1, 100, 1, recurrent)));
+  CHECK(!plan_wavefront(1, 2, layer(1, 100, 1, recurrent)));  // nobody to share with
+  CHECK(!plan_wavefront(2, 1, layer(1, 100, 1, recurrent)));  // nothing to overlap
+  CHECK(!plan_wavefront(2, 2,
+                        layer(2, 100, 1, recurrent)));  // the layer above needs the reverse's end
+  CHECK(!plan_wavefront(2, 2, layer(1, 1, 1, recurrent)));
+  CHECK(!plan_wavefront(2, 2, layer(1, 100, 64, recurrent)));  // rows enough to split
+  CHECK(!plan_wavefront(2, 2, layer(1, 100, 1, 4)));           // too little to do
+  CHECK(!plan_wavefront(2, 2, layer(1, 100, 0, recurrent)));
+  // W_ih and W_hh beside what else there is in the cache, and not any more.
+  CHECK(plan_wavefront(2, 2, layer(1, 100, 1, kL2 * 3 / 32)));
+  CHECK(!plan_wavefront(2, 2, layer(1, 100, 1, kL2 * 3 / 32 + 1)));
   for (int64_t steps = 1; steps < 3000; ++steps)
     for (int64_t rows : {0, 1, 7})
       for (int64_t bytes : {kL2, 2 * kL2}) {
