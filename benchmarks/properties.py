@@ -33,6 +33,9 @@ HOLDS: dict[str, Callable[[float, float], bool]] = {
 }
 BUDGET = 5.0  # seconds of all turns of one contestant
 IDLE_PAIRS = 5  # times that the pool falls idle
+# Seconds until the pool sleeps and the system has booked what it used: of a thread that runs it
+# books some only at the next tick, 4 ms later or 10.
+FALL_ASLEEP = 0.02
 IN_A_ROW = 20  # calls without a pause, before each of them
 
 
@@ -286,6 +289,7 @@ def rests(sizes: Sizes, call: Callable[[], Any]) -> tuple[float, float]:
     try:
         for _ in range(IDLE_PAIRS):
             in_a_row = [seconds(call) for _ in range(IN_A_ROW)]
+            time.sleep(FALL_ASLEEP)
             before, begin = time.process_time(), time.perf_counter()
             time.sleep(sizes.idle)
             used.append((time.process_time() - before) / (time.perf_counter() - begin))
