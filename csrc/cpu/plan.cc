@@ -50,7 +50,7 @@ Division plan_division(int threads, const LayerCost& cost) {
 
 int plan_turns(int parts, int64_t rows, int64_t chunks) {
   const int more = parts + (parts + 1) / 2;
-  return parts > 1 && chunks >= 6 && rows >= int64_t{8} * more ? more : parts;
+  return parts > 1 && chunks >= 6 && rows >= int64_t{5} * more ? more : parts;
 }
 
 bool plan_wavefront(int threads, int layers, const LayerCost& cost) {

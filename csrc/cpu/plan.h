@@ -43,9 +43,9 @@ constexpr bool beyond_cache(int64_t bytes, int64_t l2_bytes) { return 4 * bytes 
 Division plan_division(int threads, const LayerCost& cost);
 
 // Row parts for passes over at least so many chunks of steps, of which `parts` would run at
-// once: half as many again, where they keep at least 8 rows each and there are chunks enough that
-// uneven turns at the end cost little (6: 5 %), so that a thread that is slower than the others
-// does less.
+// once: half as many again, where they keep at least 5 rows each, which is nearly a tile, and there
+// are chunks enough that uneven turns at the end cost little (6: 5 %), so that a thread that is
+// slower than the others does less.
 int plan_turns(int parts, int64_t rows, int64_t chunks);
 
 // Whether several layers should run at once, each a chunk of steps behind the one below: when there

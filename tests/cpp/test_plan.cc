@@ -121,12 +121,13 @@ void test_turns() {
     for (int64_t rows = 0; rows <= 600; ++rows)
       for (int64_t chunks : {0, 1, 5, 6, 100}) {
         const int turns = plan_turns(parts, rows, chunks);
-        CHECK(turns == parts || (turns > parts && turns <= 2 * parts && rows / turns >= 8));
+        CHECK(turns == parts || (turns > parts && turns <= 2 * parts && rows / turns >= 5));
         CHECK(turns == parts || chunks >= 6);
       }
   CHECK_EQ(plan_turns(1, 1000, 100), 1);  // nobody to take turns with
   CHECK_EQ(plan_turns(2, 32, 8), 3);
-  CHECK_EQ(plan_turns(2, 23, 8), 2);
+  CHECK_EQ(plan_turns(2, 15, 8), 3);
+  CHECK_EQ(plan_turns(2, 14, 8), 2);
   CHECK_EQ(plan_turns(2, 32, 5), 2);
 }
 
