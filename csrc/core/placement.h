@@ -2,8 +2,8 @@
 //
 // Left to itself, Linux may put a woken thread on its waker's processor while others are idle, and
 // leave it there for tens of milliseconds. Two threads that hand work to each other then take turns
-// on one processor, and a call with two threads takes longer than with one (docs/performance.md,
-// "After a pause").
+// on one processor, and a call with two threads takes as long as with one (measured:
+// docs/performance.md, "A sleeping thread has to wake up").
 #ifndef FASTRNN_CORE_PLACEMENT_H_
 #define FASTRNN_CORE_PLACEMENT_H_
 

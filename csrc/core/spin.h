@@ -23,6 +23,9 @@ inline void cpu_pause() {
 // that gets the processor keeps it for milliseconds.
 constexpr int kPausesBeforeYield = 4096;
 
+// The same where the thread that is waited for may need this very processor: some 3 µs, or 1 µs.
+constexpr int kPausesTogether = 64;
+
 // Turns of a wait, until reset().
 class Spin {
  public:

@@ -10,10 +10,6 @@
 namespace fastrnn {
 namespace {
 
-// Pauses of a waiting member where two members have one processor, which the other one needs: some
-// 3 µs, or 1 µs (core/spin.h).
-constexpr int kPausesTogether = 64;
-
 constexpr std::chrono::microseconds kWaitForMembers{100};
 
 }  // namespace

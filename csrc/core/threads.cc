@@ -6,10 +6,10 @@
 // that is slow to wake. The region itself lies on the caller's stack; a worker's last touch of it
 // comes before its decrement of `remaining`.
 //
-// Waiting, on both sides: spin for some 100 µs (a hand-over between running threads costs 0.1 µs),
-// then sleep on a condition variable. Sleeper and waker each write their own flag and then read the
-// other's with sequential consistency, so a wake-up cannot be missed. Who is woken wakes on a
-// processor of its own (core/placement.h).
+// Waiting, on both sides: spin (a hand-over between running threads costs 0.1 µs), a worker for
+// some 100 µs, the caller for 2 ms, then sleep on a condition variable. Sleeper and waker each
+// write their own flag and then read the other's with sequential consistency, so a wake-up cannot
+// be missed. Who is woken wakes on a processor of its own (core/placement.h).
 #include "core/threads.h"
 
 #include <pthread.h>
@@ -42,8 +42,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::chrono::microseconds kSpin{
-    100};  // about what waking a thread takes on a virtual machine
+constexpr std::chrono::microseconds kSpin{100};  // about what a thread takes to wake at best
+// A caller that waits for threads at work: asleep, it would itself have to be woken, late and
+// perhaps on the processor of the thread that wakes it.
+constexpr std::chrono::microseconds kSpinForOthers{2000};
 constexpr std::chrono::milliseconds kPollWhileWaiting{20};
 constexpr std::int64_t kPollNs = 10'000'000;
 
@@ -105,6 +107,12 @@ struct Region {
   alignas(64) std::atomic<std::int64_t> next{1};
 };
 
+// available_threads() when the pool was first used: to ask each time would take too long.
+int processors() {
+  static const int n = available_threads();
+  return n;
+}
+
 struct Worker {
   alignas(64) std::atomic<Region*> offer{nullptr};
   std::atomic<bool> parked{false};
@@ -150,7 +158,7 @@ class Pool {
   std::size_t start_workers(int wanted) {
     const auto count = static_cast<std::size_t>(wanted);
     // With more threads than processors a spinning one only keeps another from its work.
-    spin_ns_.store(wanted < cores_ ? std::chrono::nanoseconds(kSpin).count() : 0);
+    spin_ns_.store(wanted < processors() ? std::chrono::nanoseconds(kSpin).count() : 0);
     if (workers_.size() < count) {
       // Signals belong to the application's threads; the synchronous ones stay, for crash
       // reporters.
@@ -178,27 +186,22 @@ class Pool {
     return std::min(count, workers_.size());
   }
 
-  // Those who spin first: they are on their way while the sleepers are woken.
+  // To all first: those who spin are on their way while the sleepers are woken.
   void offer(std::size_t helpers, Region* region) {
+    for (std::size_t i = 0; i < helpers; ++i) workers_[i]->offer.store(region);
     Placement placement;
     placement.take(this_processor());
-    bool asleep = false;
     for (std::size_t i = 0; i < helpers; ++i) {
-      workers_[i]->offer.store(region);
-      if (workers_[i]->parked.load()) {
-        asleep = true;
-      } else {
-        placement.take(workers_[i]->processor.load(std::memory_order_relaxed));
-      }
-    }
-    for (std::size_t i = 0; asleep && i < helpers; ++i) {
       Worker& worker = *workers_[i];
-      if (!worker.parked.load()) continue;
+      const int processor = worker.processor.load(std::memory_order_relaxed);
+      if (!worker.parked.load()) {
+        placement.take(processor);
+        continue;
+      }
       {
         std::lock_guard<std::mutex> lock(worker.mutex);
       }  // it is now inside wait, not on its way
-      placement.wake(worker.thread, worker.processor.load(std::memory_order_relaxed),
-                     [&worker] { worker.wake.notify_one(); });
+      placement.wake(worker.thread, processor, [&worker] { worker.wake.notify_one(); });
     }
   }
 
@@ -212,7 +215,7 @@ class Pool {
 
   void join(Interrupt* poll, unsigned forks) {
     const auto done = [this] { return remaining_.load() == 0; };
-    if (spin_until(done, std::chrono::nanoseconds(spin_ns_.load()))) return;
+    if (spin_until(done, spin_ns_.load() > 0 ? kSpinForOthers : kSpinForOthers.zero())) return;
     while (!done()) {
       if (g_forks.load() !=
           forks) {  // poll's check forked, and this is the child: nobody will finish
@@ -259,7 +262,6 @@ class Pool {
 
   std::atomic<bool> busy_{false};
   std::vector<std::unique_ptr<Worker>> workers_;  // touched by the acquirer only
-  const int cores_ = available_threads();
   std::atomic<std::int64_t> spin_ns_{0};
 
   alignas(64) std::atomic<int> remaining_{0};  // workers that may still touch the region
@@ -418,6 +420,10 @@ void parallel(int tasks, TaskFn fn, void* ctx, Interrupt* poll) {
 }
 
 unsigned fork_count() { return g_forks.load(); }
+
+int pauses_among(int threads) {
+  return threads <= processors() ? kPausesBeforeYield : kPausesTogether;
+}
 
 int get_num_threads() {
   int n = g_num_threads.load(std::memory_order_relaxed);

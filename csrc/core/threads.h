@@ -43,6 +43,10 @@ void set_num_threads(int n);
 // up).
 int available_threads();
 
+// How long a thread that is one of `threads` should spin before it offers its processor to others:
+// pauses for a Spin (core/spin.h). Few where there are more threads than processors.
+int pauses_among(int threads);
+
 namespace detail {
 
 // CPUs' worth of quota, rounded up, from a file like /proc/self/cgroup and the cgroup mount

@@ -1,6 +1,17 @@
 #include "cpu/back_tasks.h"
 
+#include <chrono>
+
+#include "core/spin.h"
+
 namespace fastrnn {
+namespace {
+
+// A waiting thread spins for as long as most tasks take: asleep, it would come late, since a thread
+// takes that long to wake.
+constexpr std::chrono::microseconds kSpin{2000}, kSleep{2000};
+
+}  // namespace
 
 BackTasks::BackTasks(const Shape& shape)
     : shape_(shape),
@@ -79,13 +90,26 @@ bool BackTasks::find(BackTask* task) {
   return take_inputs(task) || take_steps(task);
 }
 
-bool BackTasks::take(BackTask* task, std::chrono::microseconds patience) {
+bool BackTasks::take(BackTask* task) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return find(task);
+}
+
+bool BackTasks::take_or_wait(BackTask* task, int pauses) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (find(task)) return true;
-  if (patience.count() == 0 || finished()) return false;
-  ++waiting_;
-  changed_.wait_for(lock, patience);
-  --waiting_;
+  const int64_t unfinished = unfinished_.load(std::memory_order_relaxed);
+  if (unfinished == 0) return false;
+  lock.unlock();
+  const auto same = [&] { return unfinished_.load(std::memory_order_acquire) == unfinished; };
+  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+  for (Spin spin(pauses); same() && std::chrono::steady_clock::now() < deadline;) spin.wait();
+  lock.lock();
+  if (same()) {
+    ++waiting_;
+    changed_.wait_for(lock, kSleep);
+    --waiting_;
+  }
   return find(task);
 }
 

@@ -16,7 +16,6 @@
 #define FASTRNN_CPU_BACK_TASKS_H_
 
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -42,9 +41,11 @@ class BackTasks {
   };
   explicit BackTasks(const Shape& shape);
 
-  // Whether there is a task that can be done now, or after a wait of at most `patience`, and which.
-  // Whoever takes it says when it is done.
-  bool take(BackTask* task, std::chrono::microseconds patience = std::chrono::microseconds(0));
+  // Whether there is a task that can be done now, and which. Whoever takes it says when it is done.
+  bool take(BackTask* task);
+  // The same, or after a wait: until another task is done, and some milliseconds at most. It spins,
+  // with so many pauses before it offers its processor to others (core/spin.h), and then sleeps.
+  bool take_or_wait(BackTask* task, int pauses);
   void done(const BackTask& task);
   bool finished() const { return unfinished_.load(std::memory_order_acquire) == 0; }
 
@@ -74,7 +75,7 @@ class BackTasks {
   std::vector<Direction> directions_;
   int64_t input_chunk_;  // of the next task for dx
   int input_direction_ = 0, input_part_ = 0, inputs_in_hand_ = 0;
-  std::atomic<int64_t> unfinished_;
+  std::atomic<int64_t> unfinished_;  // changes with every task that is done
 };
 
 }  // namespace fastrnn

@@ -246,7 +246,7 @@ class LayerForward {
     for (Progress& p : progress) p.next = chunk0;
     const unsigned forks = fork_count();
     run_parallel(workers_, interrupt, [&](int worker) {
-      for (Spin spin;;) {
+      for (Spin spin(pauses_among(workers_));;) {
         int64_t least = chunk1, unfinished = 0;
         size_t chosen = 0;
         for (size_t i = 0; i < progress.size(); ++i) {

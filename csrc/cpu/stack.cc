@@ -87,7 +87,7 @@ void run_wavefront(std::vector<LayerForward<T>>& layers, int64_t chunks, int thr
   }
   const unsigned forks = fork_count();
   run_parallel(threads, interrupt, [&](int) {
-    for (Spin spin; done[L - 1].load(std::memory_order_acquire) < chunks;) {
+    for (Spin spin(pauses_among(threads)); done[L - 1].load(std::memory_order_acquire) < chunks;) {
       bool worked = false;
       for (size_t l = L; l-- > 0 && !worked;) {
         const auto ready = [&] {

@@ -7,7 +7,6 @@
 // steps 0, k, 2k, …, and the backward pass runs each segment forward again before it goes back
 // through it: memory O(T/k + k), same bits.
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
 
 #include "cells/dropout.h"
@@ -461,23 +460,15 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     }
     BackTasks tasks({first, end, D, step_parts, panel_parts, want_dx ? dx_parts : 0, copies});
     const unsigned forks = fork_count();
-    // Looks at what there is to do, a few pauses apart: some 30 µs; then asleep, but for a look for
-    // Ctrl-C now and then.
-    constexpr int kLooks = 64, kPauses = 8;
-    constexpr std::chrono::microseconds kAtOnce{0}, kPatience{2000};
+    const int pauses = pauses_among(threads);
     run(threads, [&](int worker) {
       BackTask task;
-      for (int misses = 0; !tasks.finished();) {
+      while (!tasks.finished()) {
         if (call.interrupt != nullptr && interrupt_tick(call.interrupt)) return;
         if (fork_count() != forks) return;
-        if (tasks.take(&task, misses < kLooks ? kAtOnce : kPatience)) {
-          perform(task, worker);
-          tasks.done(task);
-          misses = 0;
-        } else if (misses < kLooks) {
-          ++misses;
-          for (int i = 0; i < kPauses; ++i) cpu_pause();
-        }
+        if (!tasks.take_or_wait(&task, pauses)) continue;
+        perform(task, worker);
+        tasks.done(task);
       }
     });
   };

@@ -340,7 +340,8 @@ bool run_on_threads(const Shape& shape, unsigned seed) {
         ++late;
         return;
       }
-      if (!tasks.take(&task)) {
+      // Half of the threads wait as training does, with few pauses, so that some fall asleep.
+      if (rank % 2 == 0 ? !tasks.take(&task) : !tasks.take_or_wait(&task, 64)) {
         std::this_thread::yield();
         continue;
       }
