@@ -23,7 +23,7 @@ namespace {
 constexpr std::size_t kAlignment = 64;
 constexpr std::size_t kLarge = std::size_t{2}
                                << 20;  // a huge page; also the smallest block worth keeping
-constexpr int kKeptBlocks = 8;
+constexpr int kKeptBlocks = 32;        // a training call has some ten a layer
 constexpr std::size_t kKeptBytes = std::size_t{256} << 20;
 
 struct Block {
