@@ -83,8 +83,9 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "memcpy(dst, panels + (p * K + b * W) * W, sizeof(T) * W * W)⟩;",
         ),
         ("the gates' order reversed", "transpose(w + (⟨g → (gates - 1 - g)⟩ * H + s * W) * K"),
-        ("weight gradients replaced, not added", "dst[b * W + k] ⟨+= → =⟩ src[k];"),
-        ("one-hot gradients of the next token", "turned[u * kBlock + ⟨k → (k + 1) % n⟩];"),
+        ("gradients replaced, not added: whole panels", "(⟨first → true⟩ ? V::zero() :"),
+        ("gradients replaced, not added: the rest", "(⟨first → true⟩ ? T(0) :"),
+        ("one-hot gradients of the next unit", "turned + ⟨u → (u + 1) % lanes⟩ * kBlock"),
     ],
     "cpu/steps.h": [
         ("reverse direction not reversed", "⟨reverse ? s.length[j] - 1 - k : k → k⟩"),
@@ -98,6 +99,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "if (⟨next.base != home.base → false⟩) copy_rows(next,",
         ),
         ("dropout without its scale", "? *x ⟨* static_cast<T>(mask.scale) → ⟩"),
+        ("n's hidden part without its bias", "if (⟨has_input(slot) → true⟩) continue;"),
         ("superblocks together, all into the first", "gates_.at((s + ⟨i / COUNT → 0⟩) *"),
         ("h' for h in the cell", "Cell::forward(slot, V::load(⟨cur → next⟩.at"),
     ],
@@ -113,6 +115,10 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         (
             "reset before: dW_hn from h, not r h",
             "⟨Cell::kTwoPhase && g == 2 ? rh_ : h_prev_ → h_prev_⟩",
+        ),
+        (
+            "weight gradients of all chunks but the first lost",
+            "first = ⟨last_chunk && → ⟩ i == 0",
         ),
         ("dy's tail ignored", "⟨dh = dh + V::load_n(dy + v, lanes - v); → ⟩"),
         ("dW_hh from the input's slot", "outer_panels(⟨dg_state → dg_in⟩, state.at"),
@@ -141,7 +147,9 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "c of a checkpoint from h",
             "forward_directions[0].c, layer.⟨checkpoint_c → checkpoint_h⟩",
         ),
-        ("dx between layers not started from 0", "std::memset(dx, ⟨0 → 63⟩,"),
+        ("one direction's dx replaces the other's", "a.add_dx = ⟨D > 1 → false⟩;"),
+        ("what is added to not started from 0", "std::memset(all + from, ⟨0 → 63⟩,"),
+        ("padding of dx not zeroed", "if (⟨l == 0 → false⟩ && dx != nullptr)"),
     ],
     "cpu/stream.cc": [
         ("reset of a row leaves c", "spec().count() * ⟨2 → 1⟩ * ceil_div"),

@@ -155,19 +155,20 @@ struct Tape {
   std::atomic<bool> consumed{false};
 
   py::tuple backward(const py::object& dy, const py::object& dstate,
-                     const std::vector<py::object>& into, const py::object& threads) {
-    return std::visit([&](auto& t) { return run(t, dy, dstate, into, threads); }, tape);
+                     const std::vector<py::object>& into, const py::object& threads, bool fresh) {
+    return std::visit([&](auto& t) { return run(t, dy, dstate, into, threads, fresh); }, tape);
   }
 
   template <class T>
   py::tuple run(std::unique_ptr<StackTape<T>>& stack_tape, const py::object& dy,
                 const py::object& dstate, const std::vector<py::object>& into,
-                const py::object& threads) {
+                const py::object& threads, bool fresh) {
     if (consumed)
       throw std::runtime_error("tape: expected one that was not used yet; backward consumes it");
     const bool has_cell = cell_traits(spec.kind).has_cell;
     BackwardCall<T> call = {};
     call.threads = thread_count(threads);
+    call.fresh = fresh;
     py::array dy_rows;
     if (!dy.is_none()) {
       py::array a = as_array("dy", dy);
@@ -194,11 +195,10 @@ struct Tape {
     });
     py::object dx = py::none();
     if (!one_hot) {
-      py::array_t<T> zeros =
-          py::module_::import("numpy").attr("zeros")(x_shape, py::dtype::of<T>());
-      call.dx = zeros.mutable_data();
-      call.dx_layout = axes.layout(zeros, sizeof(T));
-      dx = zeros;
+      py::array_t<T> array(x_shape);
+      call.dx = array.mutable_data();
+      call.dx_layout = axes.layout(array, sizeof(T));
+      dx = array;
     }
     const States<T> initial = empty_states<T>(has_cell, state_shape);
     call.dh0 = const_cast<T*>(initial.h_data());
@@ -275,9 +275,11 @@ void register_recurrent(py::module_& m) {
            py::arg("threads"), py::arg("dropout"), py::arg("dropout_key"),
            py::arg("checkpoint_every"), "(y, state, tape).");
   py::class_<Tape>(m, "Tape", "What a forward pass keeps for its backward pass, which uses it up.")
-      .def("backward", &Tape::backward, py::arg("dy"), py::arg("dstate"), py::arg("into"),
-           py::arg("threads"),
-           "Adds the parameters' gradients to `into` and returns (dx or None, dstate).")
+      .def(
+          "backward", &Tape::backward, py::arg("dy"), py::arg("dstate"), py::arg("into"),
+          py::arg("threads"), py::arg("fresh") = false,
+          "Adds the parameters' gradients to `into`, or with `fresh` writes them there whatever it "
+          "holds, and returns (dx or None, dstate).")
       .def_property_readonly("consumed", [](const Tape& t) { return t.consumed.load(); })
       .def_property_readonly(
           "nbytes",

@@ -160,10 +160,11 @@ struct BackwardArgs {
   T* c_prev;
   T* rh;
   int64_t first_chunk;
-  T* dx;  // in/out, accumulated: (T, B, I); null if not wanted
+  T* dx;  // (T, B, I), null if not wanted: out up to each row's length, or with add_dx in/out
   Layout dx_layout;
-  T* dw_ih;  // in/out, accumulated: [ceil(I/W)][S*G*W][W]; with ids [S*G][I][W]
-  T* dw_hh;  // in/out, accumulated: [S][S*G*W][W]
+  bool add_dx;  // accumulated: there is another direction
+  T* dw_ih;  // in/out, accumulated: [ceil(I/W)][S*G*W][W]; with ids [S*G][I][W]. Without ids, and
+  T* dw_hh;  // dw_hh [S][S*G*W][W]: only out for the last chunk, the first that is worked on
   T* dbias;  // in/out, accumulated: [S*slots][W]
   Interrupt* interrupt;
 };

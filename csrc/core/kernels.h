@@ -23,12 +23,12 @@ struct Kernels {
   // block1 - 1.
   void (*pack_transposed)(const T* panels, int64_t P, int64_t K, int64_t block0, int64_t block1,
                           T* out);
-  // dw (G*H, K) += acc [ceil(K/W)][S*G*W][W].
+  // dw (G*H, K) += acc [ceil(K/W)][S*G*W][W]; with `first`, =.
   void (*add_gradient)(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0, int64_t s1,
-                       T* dw);
-  // dw (G*H, K) += acc [S*G][K][W] (one-hot input).
+                       bool first, T* dw);
+  // The same with acc [S*G][K][W] (one-hot input).
   void (*add_table_gradient)(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0,
-                             int64_t s1, T* dw);
+                             int64_t s1, bool first, T* dw);
 
   // Chunks chunk0 … chunk1 - 1 of a share. Scratch: forward_scratch() elements, one for all members
   // of a team.
@@ -38,11 +38,12 @@ struct Kernels {
   // The recurrence of one chunk, backwards. Scratch, for a two-phase cell: (j1 - j0) * S * W
   // elements, likewise.
   void (*backward[kCellKinds])(const BackwardArgs<T>&, int64_t chunk, const Share&, T* scratch);
-  // What the chunk adds to the gradients of weights and biases, panels p0 … p1 - 1 of S*G.
+  // What the chunk adds to the gradients of weights and biases, panels p0 … p1 - 1 of S*G. The
+  // last chunk, the first that comes, finds nothing there yet but in dbias and a table's dw_ih.
   void (*weight_gradients[kCellKinds])(const BackwardArgs<T>&, int64_t chunk, int64_t p0,
                                        int64_t p1);
-  // What the chunk adds to dx, rows r0 … r1 - 1 of the chunk. Scratch: tile rows * ceil(I/W) * W
-  // elements.
+  // What the chunk's rows of dx are, or what is added to them (BackwardArgs), rows r0 … r1 - 1 of
+  // the chunk. Scratch: tile rows * ceil(I/W) * W elements.
   void (*input_gradients[kCellKinds])(const BackwardArgs<T>&, int64_t chunk, int64_t r0, int64_t r1,
                                       T* scratch);
 

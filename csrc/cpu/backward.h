@@ -63,14 +63,12 @@ class Backward {
       // stay apart.
       if (ticker.stop(n * G * a_.H * a_.H, share.team)) return;
       if constexpr (Cell::kTwoPhase) {
-        for (int64_t s = mine.first; s < mine.end; ++s)
-          memset(drh.at(s, 0), 0, sizeof(T) * static_cast<size_t>(n * W));
-        multiply_back(k, mine, row, n, 2, 1, drh);
+        multiply_back<true>(k, mine, row, n, 2, 1, drh);
         for (int64_t s = mine.first; s < mine.end; ++s) reset_phase(s, row, n, drh, dh);
         if (share.team != nullptr) team_barrier(share.team);  // a stop is noticed at the next step
-        multiply_back(k, mine, row, n, 0, 2, dh);
+        multiply_back<false>(k, mine, row, n, 0, 2, dh);
       } else {
-        multiply_back(k, mine, row, n, 0, G, dh);
+        multiply_back<false>(k, mine, row, n, 0, G, dh);
       }
       if (a_.reset.data != nullptr) {
         for (int64_t j = 0; j < n; ++j) {
@@ -84,12 +82,13 @@ class Backward {
 
   // Gate panels p0 … p1 - 1 of dW_ih, dW_hh and the biases.
   void weight_gradients(int64_t p0, int64_t p1) {
-    // Rows at once: a panel of them takes 16 KB, and three stay near the first-level cache.
-    constexpr int64_t kBlock = 16384 / (W * static_cast<int>(sizeof(T)));
+    // Rows at once, as many as a chunk has in general: a panel of them takes 32 KB.
+    constexpr int64_t kBlock = 32768 / (W * static_cast<int>(sizeof(T)));
     const int64_t P = S_ * G, ahead = kOuterPanels * P * W * W;
     int64_t all = 0;
     for (int64_t i = 0; i < rows_.count; ++i) all += rows_.runs[i].rows;
     Run block[kBlock];
+    const bool last_chunk = end_ == s_.chunk_begin[s_.chunks];
     Ticker ticker(a_.interrupt);
     for (int64_t p = p0; p < p1; ++p) {
       const int64_t s = p / G, g = p % G;
@@ -100,14 +99,15 @@ class Backward {
       const T *const dg_in = gates_.at(in_slot, 0), *const dg_state = gates_.at(state_slot, 0);
       int64_t i = 0, done = 0;  // runs, and rows of the next one
       while (i < rows_.count) {
+        const bool first = last_chunk && i == 0 && done == 0;  // nothing to add to
         const Rows rows = {block, take_rows(i, done, kBlock, block)};
         for (int64_t b = 0; b < S_; b += kOuterPanels)
           outer_panels(dg_state, state.at(b, 0), state.stride, outer_count(S_ - b), rows, lanes,
-                       a_.dw_hh + (b * P + p) * W * W, P * W * W,
+                       first, a_.dw_hh + (b * P + p) * W * W, P * W * W,
                        b + kOuterPanels < S_ ? ahead : 0);
         if (x_.base != nullptr)
           for (int64_t b = 0; b < X_; b += kOuterPanels)
-            outer_panels(dg_in, x_.at(b, 0), x_.stride, outer_count(X_ - b), rows, lanes,
+            outer_panels(dg_in, x_.at(b, 0), x_.stride, outer_count(X_ - b), rows, lanes, first,
                          a_.dw_ih + (b * P + p) * W * W, P * W * W,
                          b + kOuterPanels < X_ ? ahead : 0);
       }
@@ -122,11 +122,10 @@ class Backward {
   void input_gradients(int64_t r0, int64_t r1, T* scratch) {
     const Panels<T> out = {scratch, (r1 - r0) * W};
     const int64_t rows = r1 - r0, panel = S_ * G * W * W;
-    memset(scratch, 0, sizeof(T) * static_cast<size_t>(X_ * rows * W));
     Ticker ticker(a_.interrupt);
     constexpr int64_t kTogether = 16;  // panels between two looks for Ctrl-C
     for (int64_t b = 0; b < X_; b += kTogether) {
-      multiply_panels(
+      multiply_panels<true>(
           0, {b, b + kTogether < X_ ? b + kTogether : X_}, rows, a_.w_ih, panel, out,
           [&](int64_t r) { return gate_rows<Cell>(gates_, r0 + r, a_.H, Cell::kInputSlot, 0, G); },
           G * W * W, a_.fetch_w_ih);
@@ -244,11 +243,12 @@ class Backward {
       }
   }
 
-  // out += dG W_hh over `count` gates from g0 on: what reaches the state before through the
-  // product.
+  // out += dG W_hh over `count` gates from g0 on, or out = for the first of several: what reaches
+  // the state before through the product.
+  template <bool kFirst>
   FASTRNN_INLINE void multiply_back(int64_t k, const Blocks& mine, int64_t row, int64_t n, int g0,
                                     int count, const Panels<T>& out) const {
-    multiply_panels(
+    multiply_panels<kFirst>(
         k, mine, n, a_.w_hh + g0 * W * W, S_ * G * W * W, out,
         [&](int64_t r) {
           return gate_rows<Cell>(gates_, row + r, a_.H, Cell::kStateSlot, g0, count);
@@ -256,13 +256,14 @@ class Backward {
         G * W * W, a_.fetch_w_hh);
   }
 
-  // In the order of step k.
-  template <class F>
+  // In the order of step k; the first product starts from 0.
+  template <bool kFirst, class F>
   FASTRNN_INLINE void multiply_panels(int64_t k, const Blocks& panels, int64_t rows, const T* w,
                                       int64_t panel, const Panels<T>& out, const F& left,
                                       int64_t group_stride, bool ahead) const {
     const int64_t most = panels_at_once(rows < kTileRows ? static_cast<int>(rows) : kTileRows);
     const int64_t groups = (panels.end - panels.first + most - 1) / most;
+    const T zeros[W] = {};
     const auto first_panel = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
       return panels.first + in_turn(k, turn, groups) * most;
     };
@@ -274,7 +275,9 @@ class Backward {
         const int64_t m = group_rows(rows - r);
         T* c[4];
         for (int i = 0; i < together; ++i) c[i] = out.at(p + i, r);
-        multiply_rows<T>(m, together, left(r), right, c, ahead ? w + next * panel : nullptr);
+        multiply_rows<T>(m, together, left(r), right,
+                         kFirst ? Start<T>{{zeros, zeros, zeros, zeros}, 0} : go_on<T>(together, c),
+                         c, ahead ? w + next * panel : nullptr);
         r += m;
       }
     }
@@ -306,11 +309,13 @@ class Backward {
       const T* const src = from.at(b, row);
       T* const dst = dx + b * W;
       if (mask.threshold == 0) {
-        for (int i = 0; i < n; ++i) dst[i] += src[i];
-      } else {
-        for (int i = 0; i < n; ++i)
-          if (dropout_keeps(mask.key, element + static_cast<uint64_t>(b * W + i), mask.threshold))
-            dst[i] += src[i] * static_cast<T>(mask.scale);
+        add_lanes(src, n, !a_.add_dx, dst);
+        continue;
+      }
+      for (int i = 0; i < n; ++i) {
+        if (!a_.add_dx) dst[i] = 0;
+        if (dropout_keeps(mask.key, element + static_cast<uint64_t>(b * W + i), mask.threshold))
+          dst[i] += src[i] * static_cast<T>(mask.scale);
       }
     }
   }

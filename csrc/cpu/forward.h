@@ -145,10 +145,11 @@ class Forward {
   // panel.
   void project_inputs(int64_t k0, int64_t end) const {
     const int64_t row = first_slab_row(k0), n = rows_between(k0, end);
-    for (int64_t s = mine_.first; s < mine_.end; ++s) {
-      for (int slot = 0; slot < Cell::kSlots; ++slot) {
-        const T* const bias = a_.weights.bias + (s * Cell::kSlots + slot) * W;
-        const V b0 = V::load(bias), b1 = V::load(bias + V::N);
+    for (int slot = 0; slot < Cell::kSlots; ++slot) {
+      if (has_input(slot)) continue;
+      for (int64_t s = mine_.first; s < mine_.end; ++s) {
+        const T* const b = bias(s * Cell::kSlots + slot);
+        const V b0 = V::load(b), b1 = V::load(b + V::N);
         T* out = gates_.at(s * Cell::kSlots + slot, row);
         for (int64_t r = 0; r < n; ++r, out += W) {
           b0.store(out);
@@ -160,6 +161,17 @@ class Forward {
     multiply_inputs(row, n);
   }
 
+  // Whether a gate's input product goes to the slot: not to the part of a GRU's n that the reset
+  // gate will multiply.
+  static constexpr bool has_input(int slot) {
+    for (int g = 0; g < G; ++g)
+      if (Cell::kInputSlot[g] == slot) return true;
+    return false;
+  }
+
+  // What the slab's panel starts from.
+  FASTRNN_INLINE const T* bias(int64_t panel) const { return a_.weights.bias + panel * W; }
+
   // As many panels at once as a tile takes, for all n rows from `row` on.
   void multiply_inputs(int64_t row, int64_t n) const {
     const Right<T> w = {a_.weights.w_ih, W * W, a_.I * W};
@@ -170,10 +182,14 @@ class Forward {
       const int together = static_cast<int>(end_panel - p < most ? end_panel - p : most);
       const Right<T> right = {w.base + p * w.panel_stride, w.group_stride, w.panel_stride};
       T* out[4];
-      for (int i = 0; i < together; ++i) out[i] = gates_.at(slot_panel(p + i), row);
+      Start<T> start = {{}, 0};
+      for (int i = 0; i < together; ++i) {
+        out[i] = gates_.at(slot_panel(p + i), row);
+        start.panel[i] = bias(slot_panel(p + i));
+      }
       for (int64_t r = 0; r < n;) {
         const int64_t m = group_rows(n - r);
-        multiply_rows<T>(m, together, state_rows(x_, row + r, a_.I), right, out, nullptr);
+        multiply_rows<T>(m, together, state_rows(x_, row + r, a_.I), right, start, out, nullptr);
         r += m;
         for (int i = 0; i < together; ++i) out[i] += m * W;
       }
@@ -189,6 +205,8 @@ class Forward {
   void pick_inputs(int64_t k0, int64_t end) const {
     for (int64_t p = mine_.first * G; p < mine_.end * G; ++p) {
       const T* const w = a_.weights.w_ih + p * a_.I * W;
+      const T* const b = bias(slot_panel(p));
+      const V b0 = V::load(b), b1 = V::load(b + V::N);
       int64_t row = first_slab_row(k0);
       for (int64_t k = k0; k < end; ++k) {
         const int64_t n = rows_at(s_, k, j0_, j1_);
@@ -196,8 +214,8 @@ class Forward {
           const Place at = place(s_, a_.reverse, k, j0_ + j);
           const int64_t id = a_.input.ids[a_.input.layout.at(at.t, at.b)];
           T* const out = gates_.at(slot_panel(p), row);
-          (V::load(out) + V::load(w + id * W)).store(out);
-          (V::load(out + V::N) + V::load(w + id * W + V::N)).store(out + V::N);
+          (b0 + V::load(w + id * W)).store(out);
+          (b1 + V::load(w + id * W + V::N)).store(out + V::N);
         }
       }
     }
@@ -284,7 +302,8 @@ class Forward {
           const T* const next = call + 1 == calls(s) ? after
                                 : k % 2 == 0         ? w.base + most * stride
                                                      : w.base - most * stride;
-          multiply_rows<T>(m, count - i < most ? count - i : most, a, w, out + i,
+          const int panels = count - i < most ? count - i : most;
+          multiply_rows<T>(m, panels, a, w, go_on<T>(panels, out + i), out + i,
                            a_.fetch_w_hh ? next : nullptr);
         }
         const int64_t ahead = turn + 1 < groups ? superblock(turn + 1) - s : 0;
@@ -308,18 +327,21 @@ class Forward {
       }
   }
 
-  // The cell on m rows of superblock s, `row` in the slab and r0 in the block. While the product of
-  // the units `ahead` superblocks on is computed, their part of the output is on its way.
+  // The cell on m rows of superblock s, `row` in the slab and r0 in the block. What it will write
+  // next of the output is brought near: of the units `ahead` superblocks on, or where there are
+  // none, of the same ones in the next step.
   template <bool kSave>
   FASTRNN_INLINE void cell_phase(int64_t k, int64_t s, int64_t ahead, int64_t row, int64_t r0,
                                  int64_t m, const Panels<T>& cur, const Panels<T>& next) const {
     const int lanes = valid_lanes(a_.H, s, W);
+    const int64_t next_y = a_.reverse ? -a_.y_layout.stride_t : a_.y_layout.stride_t;
     for (int64_t r = 0; r < m; ++r) {
       T* y = nullptr;
       if (a_.y != nullptr) {
         const Place at = place(s_, a_.reverse, k, j0_ + r0 + r);
         y = a_.y + a_.y_layout.at(at.t, at.b) + s * W;
-        for (int i = 0; ahead != 0 && i < W; i += kLine<T>) __builtin_prefetch(y + ahead * W + i);
+        const T* const coming = y + (ahead != 0 ? ahead * W : next_y);
+        for (int i = 0; i < W; i += kLine<T>) __builtin_prefetch(coming + i, 1);
       }
       for (int v = 0; v < W; v += V::N) {
         V slot[Cell::kSlots];

@@ -63,6 +63,14 @@ struct Right {
   int64_t panel_stride;
 };
 
+// What the sums of a product start from: row r of panel p is at panel[p] + r * row_stride. 0 for
+// one row that is the same for all, such as a bias; W for what the output holds.
+template <class T>
+struct Start {
+  const T* panel[4];
+  int64_t row_stride;
+};
+
 template <class T, int ROWS, int NP>
 struct Tile {
   using V = Vec<T>;
@@ -70,14 +78,14 @@ struct Tile {
 
   V acc[ROWS][NP][2];
 
-  FASTRNN_INLINE void load(T* const* c) {
+  FASTRNN_INLINE void load(const T* const* c, int64_t row_stride) {
 #pragma GCC unroll 4
     for (int p = 0; p < NP; ++p) {
       const T* const from = c[p];
 #pragma GCC unroll 16
       for (int r = 0; r < ROWS; ++r) {
-        acc[r][p][0] = V::load(from + r * W);
-        acc[r][p][1] = V::load(from + r * W + V::N);
+        acc[r][p][0] = V::load(from + r * row_stride);
+        acc[r][p][1] = V::load(from + r * row_stride + V::N);
       }
     }
   }
@@ -129,17 +137,18 @@ struct Tile {
 // do only if next to nothing but loads and multiply-adds is in the way.
 constexpr int kUnrolled = 8;
 
-// c[p][r] += Σ_k left(r, k) · right(k, p): rows of the left operand against packed weights. With
-// AHEAD, a line is brought into the second-level cache with every k, the first from `ahead`: for
-// weights that come from beyond it. Within it, the instruction would only take the slot of another.
+// c[p][r] = start(p, r) + Σ_k left(r, k) · right(k, p): rows of the left operand against packed
+// weights. With AHEAD, a line is brought into the second-level cache with every k, the first from
+// `ahead`: for weights that come from beyond it. Within it, the instruction would only take the
+// slot of another.
 template <class T, int ROWS, int NP, bool AHEAD>
 __attribute__((noinline)) void multiply_tile(const Left<T>& left, const Right<T>& right,
-                                             T* const* c, const T* ahead) {
+                                             const Start<T>& start, T* const* c, const T* ahead) {
   constexpr int W = kWidth<T>;
   constexpr int U = W < kUnrolled ? W : kUnrolled;
   static_assert(W % U == 0, "whole groups end with a whole turn of the loop");
   Tile<T, ROWS, NP> tile;
-  tile.load(c);
+  tile.load(start.panel, start.row_stride);
   const T *a_group = left.base, *w_group = right.base;
   for (int64_t whole = left.groups - (left.tail < W); whole > 0; --whole) {
     const T* w = w_group;
@@ -180,29 +189,29 @@ constexpr int kAheadRows = 3;
 // The same for 1 … kTileRows rows and 1 … panels_at_once(rows) panels chosen at run time; `ahead`
 // may be null.
 template <class T, int ROWS, int NP>
-FASTRNN_INLINE void multiply_some(const Left<T>& left, const Right<T>& right, T* const* c,
-                                  const T* ahead) {
+FASTRNN_INLINE void multiply_some(const Left<T>& left, const Right<T>& right, const Start<T>& start,
+                                  T* const* c, const T* ahead) {
   if constexpr (ROWS >= kAheadRows) {
-    if (ahead != nullptr) return multiply_tile<T, ROWS, NP, true>(left, right, c, ahead);
+    if (ahead != nullptr) return multiply_tile<T, ROWS, NP, true>(left, right, start, c, ahead);
   }
-  multiply_tile<T, ROWS, NP, false>(left, right, c, nullptr);
+  multiply_tile<T, ROWS, NP, false>(left, right, start, c, nullptr);
 }
 
 template <class T, int ROWS = kTileRows>
 FASTRNN_INLINE void multiply(int rows, int panels, const Left<T>& left, const Right<T>& right,
-                             T* const* c, const T* ahead = nullptr) {
+                             const Start<T>& start, T* const* c, const T* ahead = nullptr) {
   if constexpr (ROWS > 1) {
-    if (rows < ROWS) return multiply<T, ROWS - 1>(rows, panels, left, right, c, ahead);
+    if (rows < ROWS) return multiply<T, ROWS - 1>(rows, panels, left, right, start, c, ahead);
   }
   constexpr int most = panels_at_once(ROWS);
   if constexpr (most >= 4) {
-    if (panels == 4) return multiply_some<T, ROWS, 4>(left, right, c, ahead);
-    if (panels == 3) return multiply_some<T, ROWS, 3>(left, right, c, ahead);
+    if (panels == 4) return multiply_some<T, ROWS, 4>(left, right, start, c, ahead);
+    if (panels == 3) return multiply_some<T, ROWS, 3>(left, right, start, c, ahead);
   }
   if constexpr (most >= 2) {
-    if (panels == 2) return multiply_some<T, ROWS, 2>(left, right, c, ahead);
+    if (panels == 2) return multiply_some<T, ROWS, 2>(left, right, start, c, ahead);
   }
-  multiply_some<T, ROWS, 1>(left, right, c, ahead);
+  multiply_some<T, ROWS, 1>(left, right, start, c, ahead);
 }
 
 // `left` rows as evenly as possible in groups of at most `most`: the first one's. Without a
@@ -221,8 +230,18 @@ FASTRNN_INLINE int tile_rows(int64_t left) { return static_cast<int>(even_part(l
 FASTRNN_INLINE int64_t group_rows(int64_t left) { return even_part(left, 8 * kTileRows); }
 
 // Bytes of weights that all tiles of a few rows go through before the next: they stay in the
-// first-level cache, or near it.
-constexpr int kBlockBytes = 32768;
+// second-level cache, beside what else is wanted of it. The first-level cache would give them
+// faster, but with blocks of its size the sums are put down and taken up again so often that it
+// costs more.
+constexpr int kBlockBytes = 262144;
+
+// The sums go on from what the output holds.
+template <class T>
+FASTRNN_INLINE Start<T> go_on(int panels, T* const* c) {
+  Start<T> start = {{}, kWidth<T>};
+  for (int p = 0; p < panels; ++p) start.panel[p] = c[p];
+  return start;
+}
 
 // The same for any number of rows, which lie W apart in c as in the left operand, in blocks of k.
 // With `next` the tiles of a block fetch the block after it; those of the last one what begins at
@@ -230,10 +249,11 @@ constexpr int kBlockBytes = 32768;
 // behind.
 template <class T>
 FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
-                                  const Right<T>& right, T* const* c, const T* next) {
+                                  const Right<T>& right, const Start<T>& start, T* const* c,
+                                  const T* next) {
   constexpr int W = kWidth<T>;
   constexpr int kLines = W > kLine<T> ? W / kLine<T> : 1;  // of a row of weights
-  if (rows <= kTileRows) return multiply<T>(static_cast<int>(rows), panels, left, right, c);
+  if (rows <= kTileRows) return multiply<T>(static_cast<int>(rows), panels, left, right, start, c);
   const int group_bytes = left.per_group * panels * W * W * static_cast<int>(sizeof(T));
   const int64_t together = kBlockBytes > group_bytes ? kBlockBytes / group_bytes : 1;
   for (int64_t g = 0; g < left.groups; g += together) {
@@ -244,6 +264,7 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
     if (!last) a.tail = W;
     const Right<T> w = {right.base + g * right.group_stride, right.group_stride,
                         right.panel_stride};
+    Start<T> from = g == 0 ? start : go_on<T>(panels, c);
     // A tile fetches as many lines as it has k: every kLines-th of them begins a panel.
     const T* const after = last ? next : w.base + together * right.group_stride;
     const int64_t lines = a.groups * a.per_group * W * kLine<T>;
@@ -255,8 +276,9 @@ FASTRNN_INLINE void multiply_rows(int64_t rows, int panels, const Left<T>& left,
       const T* ahead = nullptr;
       if (next != nullptr && tiles < panels * kLines)
         ahead = after + tiles / kLines * right.panel_stride + tiles % kLines * lines;
-      multiply<T>(m, panels, a, w, out, ahead);
+      multiply<T>(m, panels, a, w, from, out, ahead);
       a.base += m * W;
+      for (int i = 0; i < panels; ++i) from.panel[i] += m * from.row_stride;
       r += m;
     }
   }
@@ -274,16 +296,18 @@ struct Rows {
   int64_t count;
 };
 
-// c[r] += Σ_k a(k, r) · b(k): columns of one panel against another panel, both k-major, every run
-// from its last row to its first. Descending, because back-propagation visits the steps from the
-// last to the first: so a gradient is one chain over all steps and does not depend on how they were
-// cut into chunks. On the way the accumulators `ahead` elements further on are brought nearer.
+// c[r] = start(r) + Σ_k a(k, r) · b(k): columns of one panel against another panel, both k-major,
+// every run from its last row to its first. Descending, because back-propagation visits the steps
+// from the last to the first: so a gradient is one chain over all steps and does not depend on how
+// they were cut into chunks. On the way the accumulators `ahead` elements further on are brought
+// nearer.
 template <class T, int ROWS, int NP>
 __attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stride,
-                                          const Rows& rows, T* const* c, int64_t ahead) {
+                                          const Rows& rows, const Start<T>& start, T* const* c,
+                                          int64_t ahead) {
   constexpr int W = kWidth<T>;
   Tile<T, ROWS, NP> tile;
-  tile.load(c);
+  tile.load(start.panel, start.row_stride);
 #pragma GCC unroll 4
   for (int p = 0; p < NP; ++p)
 #pragma GCC unroll 16
@@ -310,27 +334,32 @@ __attribute__((noinline)) void outer_tile(const T* a, const T* b, int64_t b_stri
 
 template <class T, int ROWS = kTileRows>
 FASTRNN_INLINE void outer_rows(int n, int panels, const T* a, const T* b, int64_t b_stride,
-                               const Rows& rows, T* const* c, int64_t ahead) {
+                               const Rows& rows, const Start<T>& start, T* const* c,
+                               int64_t ahead) {
   if constexpr (ROWS > 1) {
-    if (n < ROWS) return outer_rows<T, ROWS - 1>(n, panels, a, b, b_stride, rows, c, ahead);
+    if (n < ROWS) return outer_rows<T, ROWS - 1>(n, panels, a, b, b_stride, rows, start, c, ahead);
   }
   if constexpr (kOuterPanels > 1) {
-    if (panels > 1) return outer_tile<T, ROWS, kOuterPanels>(a, b, b_stride, rows, c, ahead);
+    if (panels > 1) return outer_tile<T, ROWS, kOuterPanels>(a, b, b_stride, rows, start, c, ahead);
   }
-  outer_tile<T, ROWS, 1>(a, b, b_stride, rows, c, ahead);
+  outer_tile<T, ROWS, 1>(a, b, b_stride, rows, start, c, ahead);
 }
 
-// c[p] [W][W] += aᵀ b[p] over rows of the panel a and of 1 … kOuterPanels panels b; only the first
-// `lanes` columns of a are wanted. The next to be added to lies `ahead` elements on.
+// c[p] [W][W] += aᵀ b[p] over rows of the panel a and of 1 … kOuterPanels panels b, or = for the
+// first of several such sums; only the first `lanes` columns of a are wanted, and rows of c. The
+// next to be added to lies `ahead` elements on.
 template <class T>
 void outer_panels(const T* a, const T* b, int64_t b_stride, int panels, const Rows& rows, int lanes,
-                  T* c, int64_t c_stride, int64_t ahead) {
+                  bool first, T* c, int64_t c_stride, int64_t ahead) {
   constexpr int W = kWidth<T>;
+  const T zeros[W] = {};
+  const Start<T> nothing = {{zeros, zeros, zeros, zeros}, 0};
   for (int done = 0; done < lanes;) {
     const int n = tile_rows(lanes - done);
     T* out[kOuterPanels];
     for (int p = 0; p < panels; ++p) out[p] = c + p * c_stride + done * W;
-    outer_rows<T>(n, panels, a + done, b, b_stride, rows, out, ahead);
+    outer_rows<T>(n, panels, a + done, b, b_stride, rows, first ? nothing : go_on<T>(panels, out),
+                  out, ahead);
     done += n;
   }
 }

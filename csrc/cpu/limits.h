@@ -60,7 +60,8 @@ double tile_peak(T* scratch, int64_t iterations) {
   const Left<T> rows = {scratch + NP * K * W, kTileRows * W, {0, 0, 0, 0}, 1, K / W, W};
   T* c[4];
   for (int p = 0; p < NP; ++p) c[p] = scratch + K * (kTileRows + NP * W) + p * kTileRows * W;
-  for (int64_t n = 0; n < iterations; ++n) multiply<T>(kTileRows, NP, rows, weights, c);
+  const Start<T> start = go_on<T>(NP, c);
+  for (int64_t n = 0; n < iterations; ++n) multiply<T>(kTileRows, NP, rows, weights, start, c);
   return 2.0 * kTileRows * NP * W * static_cast<double>(K * iterations);
 }
 

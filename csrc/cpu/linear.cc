@@ -103,7 +103,7 @@ void linear_backward(const T* x, int64_t stride_x, const T* dy, int64_t stride_d
               bias);
     });
   }
-  if (dw != nullptr) k.add_gradient(acc, 1, out, in, 0, P, dw);
+  if (dw != nullptr) k.add_gradient(acc, 1, out, in, 0, P, false, dw);
   if (db != nullptr)
     for (int64_t o = 0; o < out; ++o) db[o] += bias[o];
 }

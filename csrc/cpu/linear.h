@@ -19,6 +19,7 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
   constexpr int W = kWidth<T>;
   const int64_t in = blocks(a.in, W), out = blocks(a.out, W), panel = a.in * W;
   T* const y = scratch + in * kTileRows * W;
+  const T zeros[W] = {};
   for (int64_t r = r0; r < r1;) {
     const int m = tile_rows(r1 - r);
     for (int i = 0; i < m; ++i)
@@ -29,17 +30,12 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
     for (int64_t p = 0; p < out; p += most) {
       const int together = static_cast<int>(out - p < most ? out - p : most);
       T* c[4];
+      Start<T> start = {{}, 0};
       for (int i = 0; i < together; ++i) {
         c[i] = y + (p + i) * kTileRows * W;
-        for (int row = 0; row < m; ++row) {
-          if (a.bias != nullptr) {
-            memcpy(c[i] + row * W, a.bias + (p + i) * W, sizeof(T) * W);
-          } else {
-            memset(c[i] + row * W, 0, sizeof(T) * W);
-          }
-        }
+        start.panel[i] = a.bias != nullptr ? a.bias + (p + i) * W : zeros;
       }
-      multiply<T>(m, together, rows, {a.w + p * panel, W * W, panel}, c);
+      multiply<T>(m, together, rows, {a.w + p * panel, W * W, panel}, start, c);
       for (int i = 0; i < together; ++i)
         for (int row = 0; row < m; ++row)
           memcpy(a.y + (r + row) * a.stride_y + (p + i) * W, c[i] + row * W,
@@ -58,7 +54,7 @@ void outer(const T* dy, const T* x, int64_t rows, int64_t panel_rows, int64_t P,
   for (int64_t p = p0; p < p1; ++p) {
     for (int64_t b = 0; b < K_blocks; b += kOuterPanels)
       outer_panels(dy + p * stride, x + b * stride, stride, outer_count(K_blocks - b), {&whole, 1},
-                   W, acc + (b * P + p) * W * W, P * W * W, kOuterPanels * P * W * W);
+                   W, false, acc + (b * P + p) * W * W, P * W * W, kOuterPanels * P * W * W);
     if (dbias != nullptr) sum_rows(dy + p * stride, {&whole, 1}, dbias + p * W);
   }
 }

@@ -76,10 +76,24 @@ void pack_transposed(const T* panels, int64_t P, int64_t K, int64_t block0, int6
   }
 }
 
-// dw (G*H, K) += acc [ceil(K/W)][S*G*W][W], the units of superblocks s0 … s1 - 1.
+// dst[i] = (first ? 0 : dst[i]) + src[i], i < n <= W. An addition in either case: 0 + -0 is 0, as
+// if dst had been cleared.
+template <class T>
+FASTRNN_INLINE void add_lanes(const T* src, int n, bool first, T* dst) {
+  using V = Vec<T>;
+  if (n == kWidth<T>) {
+    for (int v = 0; v < kWidth<T>; v += V::N)
+      ((first ? V::zero() : V::load(dst + v)) + V::load(src + v)).store(dst + v);
+    return;
+  }
+  for (int i = 0; i < n; ++i) dst[i] = (first ? T(0) : dst[i]) + src[i];
+}
+
+// dw (G*H, K) += acc [ceil(K/W)][S*G*W][W], or = with `first`, the units of superblocks s0 … s1
+// - 1.
 template <class T>
 void add_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0, int64_t s1,
-                  T* dw) {
+                  bool first, T* dw) {
   constexpr int W = kWidth<T>;
   const int64_t X = blocks(K, W), block = blocks(H, W) * gates * W * W;
   for (int64_t g = 0; g < gates; ++g)
@@ -88,14 +102,14 @@ void add_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0,
         const T* src = acc + ((s * gates + g) * W + u) * W;
         T* const dst = dw + (g * H + s * W + u) * K;
         for (int64_t b = 0; b < X; ++b, src += block)
-          for (int k = 0; k < valid_lanes(K, b, W); ++k) dst[b * W + k] += src[k];
+          add_lanes(src, valid_lanes(K, b, W), first, dst + b * W);
       }
 }
 
-// dw (G*H, K) += acc [S*G][K][W], likewise.
+// The same with acc [S*G][K][W].
 template <class T>
 void add_table_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, int64_t s0, int64_t s1,
-                        T* dw) {
+                        bool first, T* dw) {
   constexpr int W = kWidth<T>;
   constexpr int64_t kBlock = 2 * W;  // tokens at once
   T turned[W * kBlock];
@@ -107,7 +121,9 @@ void add_table_gradient(const T* acc, int64_t gates, int64_t H, int64_t K, int64
         const int64_t n = k0 + kBlock < K ? kBlock : K - k0;
         transpose(acc + ((s * gates + g) * K + k0) * W, W, n, W, turned, kBlock);
         for (int u = 0; u < lanes; ++u)
-          for (int64_t k = 0; k < n; ++k) dst[u * K + k0 + k] += turned[u * kBlock + k];
+          for (int64_t k = 0; k < n; k += W)
+            add_lanes(turned + u * kBlock + k, valid_lanes(n, k / W, W), first,
+                      dst + u * K + k0 + k);
       }
     }
 }
@@ -118,8 +134,13 @@ FASTRNN_INLINE void put_row(const T* src, int64_t n, int64_t panel_stride, T* ds
   constexpr int W = kWidth<T>;
   for (int64_t b = 0; b < blocks(n, W); ++b, dst += panel_stride) {
     const int lanes = valid_lanes(n, b, W);
-    memcpy(dst, src + b * W, sizeof(T) * static_cast<size_t>(lanes));
-    for (int lane = lanes; lane < W; ++lane) dst[lane] = 0;
+    const T* const from = src + b * W;
+    if (lanes == W) {
+      Vec<T>::load(from).store(dst);
+      Vec<T>::load(from + Vec<T>::N).store(dst + Vec<T>::N);
+      continue;
+    }
+    for (int lane = 0; lane < W; ++lane) dst[lane] = lane < lanes ? from[lane] : T(0);
   }
 }
 

@@ -65,8 +65,8 @@ int64_t plan_wave_rows(int64_t steps, int64_t rows, int64_t weight_bytes, int64_
   return std::clamp<int64_t>(steps / chunks, 8, 1024 / chunks) * std::max<int64_t>(1, rows);
 }
 
-int64_t plan_chunk_rows(int64_t slab_row_bytes, int64_t w_ih_bytes) {
-  const int64_t fits = (int64_t{1} << 20) / std::max<int64_t>(1, slab_row_bytes);
+int64_t plan_chunk_rows(int64_t slab_row_bytes, int64_t w_ih_bytes, int64_t l2_bytes) {
+  const int64_t fits = l2_bytes / 2 / std::max<int64_t>(1, slab_row_bytes);
   return std::max(std::clamp<int64_t>(fits, 64, 256), std::min<int64_t>(w_ih_bytes >> 15, 512));
 }
 

@@ -64,9 +64,10 @@ int64_t plan_wave_rows(int64_t steps, int64_t rows, int64_t weight_bytes, int64_
 // Rows of a chunk of steps in training: two panels of it should stay near the first-level cache.
 constexpr int64_t kTrainingChunkRows = 256;
 
-// The same in inference, where the slab of pre-activations should stay in the second-level cache,
-// and yet W_ih, which is read once a chunk, should not cost more than the slab: 32 KB of it a row.
-int64_t plan_chunk_rows(int64_t slab_row_bytes, int64_t w_ih_bytes);
+// The same in inference, where the slab of pre-activations should take no more than half of the
+// second-level cache, and yet W_ih, which is read once a chunk, should not cost more than the slab:
+// 32 KB of it a row.
+int64_t plan_chunk_rows(int64_t slab_row_bytes, int64_t w_ih_bytes, int64_t l2_bytes);
 
 }  // namespace fastrnn
 

@@ -137,7 +137,8 @@ void stack_forward(const PackedStack<T>& stack, const StackCall<T>& call) {
   }
   const int64_t chunk_rows =
       waves ? plan_wave_rows(call.steps, B, weight_bytes, l2_bytes)
-            : plan_chunk_rows(S * traits.slots * W * static_cast<int64_t>(sizeof(T)), w_ih_bytes);
+            : plan_chunk_rows(S * traits.slots * W * static_cast<int64_t>(sizeof(T)), w_ih_bytes,
+                              l2_bytes);
   const ScheduleBuilder schedule(call.steps, B, call.lengths, chunk_rows);
   const int32_t* const order = schedule.get().order;
   const int64_t state_size = S * B * W, count = positions(call.steps, B, call.lengths, call.starts);

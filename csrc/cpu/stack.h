@@ -24,7 +24,7 @@ struct LayerWeights {
 };
 
 template <class T>
-struct LayerGradients {  // accumulated into
+struct LayerGradients {
   T *w_ih, *w_hh, *b_ih, *b_hh;
 };
 
@@ -77,10 +77,11 @@ struct BackwardCall {
   const T* dy;  // (T, B, D*H), features contiguous, or null
   Layout dy_layout;
   const T *dhn, *dcn;  // (L*D, B, H) or null
-  T* dx;               // (T, B, I) zeroed, or null
+  T* dx;               // (T, B, I), dense, wholly written; or null
   Layout dx_layout;
   T *dh0, *dc0;  // out
   std::vector<LayerGradients<T>> gradients;
+  bool fresh;  // the gradients are wholly written; else accumulated into
   int threads;
   Interrupt* interrupt;
 };

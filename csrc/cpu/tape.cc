@@ -249,15 +249,17 @@ void StackTape<T>::State::forward_layer(int l, const StackCall<T>& call, T* y,
 // Adds the accumulated bias gradients [S*slots][W] to both biases: the same numbers, except for n
 // of a GRU whose reset gate comes after the product.
 template <class T>
-void add_bias_gradients(CellKind kind, int64_t H, int W, const T* acc, const LayerGradients<T>& g) {
+void add_bias_gradients(CellKind kind, int64_t H, int W, const T* acc, bool fresh,
+                        const LayerGradients<T>& g) {
   if (g.b_ih == nullptr) return;
   const CellTraits traits = cell_traits(kind);
+  const auto add = [fresh](T value, T* sum) { *sum = (fresh ? T(0) : *sum) + value; };
   for (int gate = 0; gate < traits.gates; ++gate)
     for (int64_t u = 0; u < H; ++u) {
       const T* const lane = acc + u / W * traits.slots * W + u % W;
       const int in_slot = kind == CellKind::kGruAfter && gate == 2 ? 3 : gate;
-      g.b_ih[gate * H + u] += lane[in_slot * W];
-      g.b_hh[gate * H + u] += lane[gate * W];
+      add(lane[in_slot * W], g.b_ih + gate * H + u);
+      add(lane[gate * W], g.b_hh + gate * H + u);
     }
 }
 
@@ -278,10 +280,11 @@ void StackTape<T>::State::backward(const BackwardCall<T>& call) {
     if (l > 0) {
       below = make_buffer<T>(positions(), DH);
       dx = below.template data<T>();
-      std::memset(dx, 0, sizeof(T) * static_cast<size_t>(positions() * DH));
     }
     backward_layer(l, call, dy, dy_layout, dx, l > 0 ? layout(DH) : call.dx_layout, sums);
     layers[static_cast<size_t>(l)] = Layer();  // freed as soon as it is used
+    if (l == 0 && dx != nullptr)
+      zero_padding(dx, call.dx_layout, steps, batch, lengths_data(), spec().I);
     above = std::move(below);
     dy = above.template data<T>();
     dy_layout = layout(DH);
@@ -301,10 +304,10 @@ void StackTape<T>::State::backward(const BackwardCall<T>& call) {
           S, plan_threads(call.threads, static_cast<double>(gates * H * (I + H)))));
       run_parallel(parts, nullptr, [&](int part) {
         const int64_t s0 = cut(S, parts, part), s1 = cut(S, parts, part + 1);
-        add_ih(sum.w_ih, gates, H, I, s0, s1, g.w_ih);
-        k.add_gradient(sum.w_hh, gates, H, H, s0, s1, g.w_hh);
+        add_ih(sum.w_ih, gates, H, I, s0, s1, call.fresh, g.w_ih);
+        k.add_gradient(sum.w_hh, gates, H, H, s0, s1, call.fresh, g.w_hh);
       });
-      add_bias_gradients(spec().kind, H, width(), sum.bias, g);
+      add_bias_gradients(spec().kind, H, width(), sum.bias, call.fresh, g);
     }
 }
 
@@ -362,6 +365,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.state_rows = batch;
     a.dx = dx;
     a.dx_layout = dx_layout;
+    a.add_dx = D > 1;
     a.fetch_w_hh = fetches_ahead<T>(spec().kind, H, H, team_members);
     a.fetch_w_ih = fetches_ahead<T>(spec().kind, I, H, 1);
     a.w_hh = take(n_hh);
@@ -391,13 +395,20 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     if (call.interrupt != nullptr && call.interrupt->stop()) throw Interrupted();
   };
 
+  // What is added to before it is written: the sums only where no chunk writes them, dx where two
+  // directions meet.
+  const int64_t n_zeroed = s.chunks == 0 ? n_hh + n_ih + n_b : (one_hot(l) ? n_ih : 0) + n_b;
+  const int64_t n_dx = want_dx && D > 1 ? positions() * I : 0;
   run(D * panel_parts, [&](int task) {
     const int d = task / panel_parts, part = task % panel_parts;
     const PackedLayer<T> w = stack->layer(l, d);
     const BackwardArgs<T>& a = args[static_cast<size_t>(d)];
-    const int64_t zero = cut(n_hh + n_ih + n_b, panel_parts, part),
-                  end = cut(n_hh + n_ih + n_b, panel_parts, part + 1);
-    std::memset(a.dw_hh + zero, 0, sizeof(T) * static_cast<size_t>(end - zero));
+    const auto clear = [](T* all, int64_t n, int parts, int mine) {
+      const int64_t from = cut(n, parts, mine), end = cut(n, parts, mine + 1);
+      std::memset(all + from, 0, sizeof(T) * static_cast<size_t>(end - from));
+    };
+    clear(a.dw_hh + n_hh + n_ih + n_b - n_zeroed, n_zeroed, panel_parts, part);
+    if (n_dx > 0) clear(dx, n_dx, D * panel_parts, task);
     k.pack_transposed(w.w_hh, P, H, cut(S, panel_parts, part), cut(S, panel_parts, part + 1),
                       const_cast<T*>(a.w_hh));
     if (want_dx)
@@ -407,8 +418,9 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
 
   Buffer reset_scratch;  // a two-phase cell's gradient of r∘h
   if (traits.two_phase) reset_scratch = make_buffer<T>(D * size, 1);
+  // At least four: so a part's rows of dG stay in the cache while they go through the weights.
   const int dx_parts = static_cast<int>(
-      std::max<int64_t>(threads, std::min<int64_t>(shares, s.max_rows / (4 * k.rows))));
+      std::max<int64_t>(threads, std::min<int64_t>(4 * threads, s.max_rows / (4 * k.rows))));
   const int64_t dx_rows = ceil_div(s.max_rows, dx_parts);
   Buffer dx_scratch;  // of a thread each
   if (want_dx) dx_scratch = make_buffer<T>(threads * dx_rows, X * W);

@@ -27,9 +27,9 @@ class Tape:
     """
     What a forward pass keeps for its backward pass, which uses it up.
     """
-    def backward(self, dy: typing.Any, dstate: typing.Any, into: collections.abc.Sequence[typing.Any], threads: typing.Any) -> tuple:
+    def backward(self, dy: typing.Any, dstate: typing.Any, into: collections.abc.Sequence[typing.Any], threads: typing.Any, fresh: bool = False) -> tuple:
         """
-        Adds the parameters' gradients to `into` and returns (dx or None, dstate).
+        Adds the parameters' gradients to `into`, or with `fresh` writes them there whatever it holds, and returns (dx or None, dstate).
         """
     @property
     def consumed(self) -> bool:

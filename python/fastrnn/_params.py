@@ -71,9 +71,11 @@ def views(flat: Array, shapes: Shapes) -> dict[str, Array]:
 
 
 def allocate(
-    shapes: Shapes, dtype: npt.DTypeLike, device: str = "cpu"
+    shapes: Shapes, dtype: npt.DTypeLike, device: str = "cpu", *, fresh: bool = False
 ) -> tuple[Array, dict[str, Array]]:
     """One zeroed 1-D buffer for all ``shapes`` in order, and the views of it by name.
+
+    With ``fresh``, on the CPU, it holds anything: whoever gets it writes all of it.
 
     Raises:
         MemoryError: There is no room for them, or more bytes than an address has bits for.
@@ -81,7 +83,7 @@ def allocate(
     size, dtype = sum(_count(shape) for shape in shapes.values()), np.dtype(dtype)
     if size * dtype.itemsize > sys.maxsize:  # NumPy would speak of a dimension, with ValueError
         raise MemoryError(f"parameters: expected at most {sys.maxsize} bytes, got {size} × {dtype}")
-    flat: Array = _device.zeros(size, dtype, device)
+    flat: Array = np.empty(size, dtype) if fresh else _device.zeros(size, dtype, device)
     return flat, views(flat, shapes)
 
 
@@ -142,9 +144,11 @@ def rebind(params: dict[str, Array], flat: Array) -> None:
 
 
 def accumulators(
-    shapes: Shapes, dtype: np.dtype[Any], into: Any, device: str = "cpu"
+    shapes: Shapes, dtype: np.dtype[Any], into: Any, device: str = "cpu", *, fresh: bool = False
 ) -> dict[str, Array]:
     """Where a backward pass adds its gradients: ``into``, once found fit, or new zeros.
+
+    With ``fresh`` and no ``into`` the arrays hold anything, for a pass that writes all of them.
 
     Raises:
         TypeError: ``into`` is not a dict of arrays of ``dtype`` on ``device``.
@@ -152,7 +156,7 @@ def accumulators(
             place.
     """
     if into is None:
-        return allocate(shapes, dtype, device)[1]
+        return allocate(shapes, dtype, device, fresh=fresh)[1]
     if not isinstance(into, dict):
         raise TypeError(f"into: expected a dict of arrays, got {type(into).__name__}")
     _same_names("into", shapes, into)

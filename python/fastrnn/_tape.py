@@ -89,14 +89,20 @@ class Tape:
         if self._tape.consumed:
             raise RuntimeError("tape: expected one that was not used yet; backward uses it up")
         network, port = self._network, self._port
-        grads = accumulators(network.shapes(), network.dtype, into, network.device)
+        tape = self._tape
+        # New gradients that one pass of the CPU's kernels makes need no zeros to be added to.
+        fresh = into is None and self._compacted is None and isinstance(tape, _core.Tape)
+        grads = accumulators(network.shapes(), network.dtype, into, network.device, fresh=fresh)
         dy = _ragged.values_of("dy", dy, self._offsets, port)
         dstate = port.take_state("dstate", dstate)
         part = grads
         if self._compacted is not None:
             part = _vocabulary.parts(self._compacted[0], grads)
         ordered = [part[name] for name in network.shapes()]  # ``into`` may have any order
-        dx, dinitial = self._tape.backward(dy, dstate, ordered, threads)
+        if isinstance(tape, _core.Tape):
+            dx, dinitial = tape.backward(dy, dstate, ordered, threads, fresh)
+        else:
+            dx, dinitial = tape.backward(dy, dstate, ordered, threads)
         if self._compacted is not None:
             _vocabulary.add_columns(grads, part, self._compacted[1], threads)
         dx = None if dx is None else self._form(dx)

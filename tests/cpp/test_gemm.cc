@@ -37,6 +37,7 @@ using fastrnn::FASTRNN_ISA::outer_panels;
 using fastrnn::FASTRNN_ISA::panels_at_once;
 using fastrnn::FASTRNN_ISA::Right;
 using fastrnn::FASTRNN_ISA::Rows;
+using fastrnn::FASTRNN_ISA::Start;
 using fastrnn::FASTRNN_ISA::sum_rows;
 using fastrnn::FASTRNN_ISA::tile_rows;
 using fastrnn::FASTRNN_ISA::to_bits;
@@ -89,8 +90,9 @@ std::vector<T> filled(int64_t n, T value) {
 }
 
 // One product of `rows` × `panels`, k = ((groups - 1) * W + tail) * per_group; `shift` elements of
-// misalignment. product(left, right, c, ahead) is asked once for each of several `ahead`, which is
-// fetched from and never read: null, an address where nothing is, the weights again, other memory.
+// misalignment. product(left, right, start, c, ahead) is asked for each of several starts (what c
+// holds, one row for all, rows further apart) and each of several `ahead`, which is fetched from
+// and never read: null, an address where nothing is, the weights again, other memory.
 template <class T, class F>
 void check_product(const char* what, int64_t rows, int panels, int64_t groups, int per_group,
                    int tail, int shift, Random* random, const F& product) {
@@ -123,37 +125,53 @@ void check_product(const char* what, int64_t rows, int panels, int64_t groups, i
   const int64_t c_panel = (rows + 2) * W;
   std::vector<T> c_memory = filled(panels * c_panel + shift, T(kSentinel));
   T* c[4] = {nullptr, nullptr, nullptr, nullptr};
-  for (int p = 0; p < panels; ++p) {
-    c[p] = c_memory.data() + shift + p * c_panel + W;
-    random->fill(c[p], rows * W);
-  }
-  const std::vector<T> before = c_memory;
-  std::vector<T> expected = before;
-  for (int p = 0; p < panels; ++p)
-    for (int64_t r = 0; r < rows; ++r) {
-      T* const sum = expected.data() + shift + p * c_panel + (r + 1) * W;
-      for (int64_t g = 0; g < groups; ++g)
-        for (int q = 0; q < per_group; ++q)
-          for (int k = 0; k < (g + 1 < groups ? W : tail); ++k)
-            for (int lane = 0; lane < W; ++lane)
-              sum[lane] = link(*a_at(g, q, r, k), w_at(g, q, p, k)[lane], sum[lane]);
-    }
+  for (int p = 0; p < panels; ++p) c[p] = c_memory.data() + shift + p * c_panel + W;
+
   const std::vector<T> other = filled(W, nan);
   const T* const nowhere = reinterpret_cast<const T*>(uintptr_t{64});
-  for (const T* ahead : {static_cast<const T*>(nullptr), nowhere, right.base, other.data()}) {
-    std::copy(before.begin(), before.end(), c_memory.begin());
-    product(left, right, c, ahead);
-    check_bits(c_memory, expected, what);
+  for (int64_t row_stride : {int64_t{W}, int64_t{0}, int64_t{3} * W}) {
+    const bool in_place = row_stride == W;
+    const int64_t start_panel = (rows - 1) * row_stride + 2 * W;
+    std::vector<T> start_memory = filled(panels * start_panel + shift, nan);
+    Start<T> start = {{}, row_stride};
+    std::vector<T> before = c_memory;
+    for (int p = 0; p < panels; ++p) {
+      T* const own = start_memory.data() + shift + p * start_panel;
+      start.panel[p] = in_place ? c[p] : own;
+      for (int64_t r = 0; r < rows; ++r) {
+        random->fill(own + r * row_stride, W);
+        // What the output held counts only where the sums start from it.
+        for (int lane = 0; lane < W; ++lane)
+          before[static_cast<std::size_t>(shift + p * c_panel + (r + 1) * W + lane)] =
+              in_place ? own[r * row_stride + lane] : nan;
+      }
+    }
+    std::vector<T> expected = before;
+    for (int p = 0; p < panels; ++p)
+      for (int64_t r = 0; r < rows; ++r) {
+        T* const sum = expected.data() + shift + p * c_panel + (r + 1) * W;
+        std::copy_n(start_memory.data() + shift + p * start_panel + r * row_stride, W, sum);
+        for (int64_t g = 0; g < groups; ++g)
+          for (int q = 0; q < per_group; ++q)
+            for (int k = 0; k < (g + 1 < groups ? W : tail); ++k)
+              for (int lane = 0; lane < W; ++lane)
+                sum[lane] = link(*a_at(g, q, r, k), w_at(g, q, p, k)[lane], sum[lane]);
+      }
+    for (const T* ahead : {static_cast<const T*>(nullptr), nowhere, right.base, other.data()}) {
+      std::copy(before.begin(), before.end(), c_memory.begin());
+      product(left, right, start, c, ahead);
+      check_bits(c_memory, expected, what);
+    }
   }
 }
 
 template <class T>
 void check_multiply(int rows, int panels, int groups, int per_group, int tail, int shift,
                     Random* random) {
-  check_product<T>("multiply", rows, panels, groups, per_group, tail, shift, random,
-                   [&](const Left<T>& left, const Right<T>& right, T* const* c, const T* ahead) {
-                     multiply<T>(rows, panels, left, right, c, ahead);
-                   });
+  check_product<T>(
+      "multiply", rows, panels, groups, per_group, tail, shift, random,
+      [&](const Left<T>& left, const Right<T>& right, const Start<T>& start, T* const* c,
+          const T* ahead) { multiply<T>(rows, panels, left, right, start, c, ahead); });
 }
 
 template <class T>
@@ -174,10 +192,10 @@ void test_multiply() {
 template <class T>
 void check_multiply_rows(int64_t rows, int panels, int64_t groups, int per_group, int tail,
                          Random* random) {
-  check_product<T>("multiply_rows", rows, panels, groups, per_group, tail, tail % 2, random,
-                   [&](const Left<T>& left, const Right<T>& right, T* const* c, const T* next) {
-                     multiply_rows<T>(rows, panels, left, right, c, next);
-                   });
+  check_product<T>(
+      "multiply_rows", rows, panels, groups, per_group, tail, tail % 2, random,
+      [&](const Left<T>& left, const Right<T>& right, const Start<T>& start, T* const* c,
+          const T* next) { multiply_rows<T>(rows, panels, left, right, start, c, next); });
 }
 
 // Any number of rows; k that is a part of a block, just one, one and a group, two and two groups.
@@ -192,6 +210,9 @@ void test_multiply_rows() {
         const int64_t bytes = int64_t{per_group} * panels * W * W * static_cast<int>(sizeof(T));
         const int64_t block = std::max<int64_t>(1, kBlockBytes / bytes);  // groups
         check_multiply_rows<T>(rows, panels, 1, per_group, 1 + per_group % W, &random);
+        check_multiply_rows<T>(rows, panels, 3, per_group, W - 1, &random);
+        // Blocks are long, and take the same way for every number of tiles.
+        if (rows != 7 && rows != 13) continue;
         check_multiply_rows<T>(rows, panels, block, per_group, W, &random);
         check_multiply_rows<T>(rows, panels, block + 1, per_group, 1, &random);
         check_multiply_rows<T>(rows, panels, block + 1, per_group, W, &random);
@@ -279,8 +300,8 @@ std::vector<RunsCase> runs_cases() {
   return cases;
 }
 
-// c[p] [W][W] += aᵀ b[p], k as the runs go; columns of a past `lanes` are NaN and their rows of c
-// untouched.
+// c[p] [W][W] += aᵀ b[p], k as the runs go, or = for the first, whatever c held; columns of a past
+// `lanes` are NaN and their rows of c untouched.
 template <class T>
 void test_outer_panels() {
   constexpr int W = kWidth<T>;
@@ -300,18 +321,23 @@ void test_outer_panels() {
           random.fill(a0 + k * W, lanes);
           for (int p = 0; p < panels; ++p) random.fill(b0 + p * b_stride + k * W, W);
         });
-        for (int p = 0; p < panels; ++p) random.fill(c0 + p * c_stride, lanes * W);
+        const bool first = lanes % 4 >= 2;
+        for (int p = 0; p < panels; ++p) {
+          random.fill(c0 + p * c_stride, lanes * W);
+          if (first) std::fill_n(c0 + p * c_stride, lanes * W, nan);
+        }
         std::vector<T> expected = c;
         for (int p = 0; p < panels; ++p)
           for (int i = 0; i < lanes; ++i) {
             T* const sum = expected.data() + shift + p * c_stride + (i + 1) * W;
+            if (first) std::fill_n(sum, W, T(0));
             runs.for_each([&](int64_t k) {
               for (int j = 0; j < W; ++j)
                 sum[j] = link(a0[k * W + i], b0[p * b_stride + k * W + j], sum[j]);
             });
           }
         const int64_t ahead = lanes % 3 == 0 ? 0 : lanes % 3 == 1 ? panels * c_stride : 1 << 20;
-        outer_panels(a0, b0, b_stride, panels, runs.get(), lanes, c0, c_stride, ahead);
+        outer_panels(a0, b0, b_stride, panels, runs.get(), lanes, first, c0, c_stride, ahead);
         check_bits(c, expected, "outer_panels");
       }
 }

@@ -165,23 +165,28 @@ void test_wavefront() {
 void test_chunk_rows() {
   int64_t last = 256;
   for (int64_t bytes = 0; bytes < 400000; bytes += 28) {
-    const int64_t rows = plan_chunk_rows(bytes, 0);
+    const int64_t rows = plan_chunk_rows(bytes, 0, kL2);
     CHECK(rows >= 64 && rows <= 256);
     CHECK(rows <= last);  // wider slabs, no more rows
-    // A megabyte, unless even the fewest rows are more.
-    CHECK(rows == 64 || rows * bytes <= 1 << 20);
+    CHECK(plan_chunk_rows(bytes, 0, kL2 / 2) <= rows);
+    // Half of the cache, unless even the fewest rows are more.
+    CHECK(rows == 64 || rows * bytes <= kL2 / 2);
     last = rows;
     for (int64_t w_ih : {int64_t{1} << 10, int64_t{1} << 22, int64_t{1} << 24, int64_t{1} << 40}) {
-      const int64_t more = plan_chunk_rows(bytes, w_ih);
+      const int64_t more = plan_chunk_rows(bytes, w_ih, kL2);
       CHECK(more >= rows && more <= 512);
       CHECK(more == rows || more * 32768 <= w_ih);  // no more than spreads the reading of W_ih
     }
   }
   CHECK_EQ(last, 64);
   // LSTM, I = H = 128, 512, 1024 in float32.
-  CHECK_EQ(plan_chunk_rows(512 * 4, 512 * 128 * 4), 256);
-  CHECK_EQ(plan_chunk_rows(2048 * 4, 2048 * 512 * 4), 128);
-  CHECK_EQ(plan_chunk_rows(4096 * 4, 4096 * 1024 * 4), 512);
+  const int64_t two_mib = int64_t{1} << 21, one_mib = int64_t{1} << 20;
+  CHECK_EQ(plan_chunk_rows(512 * 4, 512 * 128 * 4, two_mib), 256);
+  CHECK_EQ(plan_chunk_rows(1024 * 4, 1024 * 256 * 4, two_mib), 256);
+  CHECK_EQ(plan_chunk_rows(1024 * 4, 1024 * 256 * 4, one_mib), 128);
+  CHECK_EQ(plan_chunk_rows(2048 * 4, 2048 * 512 * 4, two_mib), 128);
+  CHECK_EQ(plan_chunk_rows(2048 * 4, 2048 * 512 * 4, one_mib), 128);  // for W_ih's sake
+  CHECK_EQ(plan_chunk_rows(4096 * 4, 4096 * 1024 * 4, two_mib), 512);
 }
 
 }  // namespace
