@@ -8,12 +8,6 @@
 #include "core/threads.h"
 
 namespace fastrnn {
-namespace {
-
-constexpr std::chrono::microseconds kWaitForMembers{100};
-
-}  // namespace
-
 bool Team::barrier() {
   const int size = size_;  // not read again: once all have arrived, the next piece may change it
   if (size == 1) return interrupt_ != nullptr && interrupt_->stop();
@@ -62,9 +56,10 @@ struct TeamCall {
       : members(member_count), pieces(piece_count), fn(piece_fn), ctx(piece_ctx), team(interrupt) {}
 
   // Rank 0.
-  void lead() {
+  void lead(double patience_us) {
     team.sit();
-    const auto deadline = std::chrono::steady_clock::now() + kWaitForMembers;
+    const auto deadline = std::chrono::steady_clock::now() +
+                          std::chrono::nanoseconds(static_cast<int64_t>(1000 * patience_us));
     while (joined.load() < members - 1 && std::chrono::steady_clock::now() < deadline) cpu_pause();
     bool stop = false;
     for (int64_t piece = 0; piece < pieces && !stop; ++piece) {
@@ -113,19 +108,43 @@ struct TeamCall {
 
 Team::Team(Interrupt* interrupt) : interrupt_(interrupt), forks_(fork_count()) {}
 
-void run_team(int members, int64_t pieces, Piece fn, void* ctx, Interrupt* interrupt) {
-  TeamCall call(members, pieces, fn, ctx, interrupt);
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// What it takes to wake a thread; and how long a thread spins before it sleeps, twice.
+constexpr double kWakingUs = 100;
+constexpr std::chrono::microseconds kInARow{200};
+
+// When the last call ended, whoever's.
+std::atomic<Clock::rep> g_last_end{0};
+
+bool in_a_row() {
+  const Clock::time_point last{Clock::duration(g_last_end.load(std::memory_order_relaxed))};
+  return Clock::now() - last < kInARow;
+}
+
+}  // namespace
+
+void run_team(int members, int64_t pieces, Piece fn, void* ctx, double patience_us,
+              Interrupt* interrupt) {
+  if (patience_us < kWakingUs && !in_a_row()) members = 1;
+  struct Job {
+    TeamCall call;
+    double patience_us;
+  } job = {{members, pieces, fn, ctx, interrupt}, patience_us};
   parallel(
       members,
       [](void* p, int task) {
-        TeamCall& c = *static_cast<TeamCall*>(p);
+        Job& j = *static_cast<Job*>(p);
         if (task == 0) {
-          c.lead();
+          j.call.lead(j.patience_us);
         } else {
-          c.follow();
+          j.call.follow();
         }
       },
-      &call, interrupt);
+      &job, interrupt);
+  g_last_end.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
 }
 
 }  // namespace fastrnn

@@ -40,12 +40,15 @@ class Team {
 
 // Calls fn(ctx, piece, rank, team) for pieces 0 … pieces - 1, one after the other, each on up to
 // `members` threads at once, the caller being rank 0; all members have left a piece before the next
-// begins. Threads that are not there within some 100 µs (busy elsewhere, or still waking up) are
-// left out and take part from the next piece on: team.size() says how many are in this one. fn must
+// begins. Threads that are not there within `patience_us` microseconds (busy elsewhere, or still
+// waking up) are left out and take part from the next piece on: team.size() says how many are in
+// this one. Where the patience is less than waking a thread takes, as with a call that is short
+// itself, the caller goes alone, unless the call before has ended just now: whoever calls again and
+// again has the others awake, and whoever calls now and then does not pay for waking them. fn must
 // not throw. Throws Interrupted like parallel().
 void run_team(int members, int64_t pieces,
               void (*fn)(void* ctx, int64_t piece, int rank, Team& team), void* ctx,
-              Interrupt* interrupt);
+              double patience_us, Interrupt* interrupt);
 
 }  // namespace fastrnn
 

@@ -42,13 +42,13 @@ Buffer make_buffer(int64_t rows, int64_t columns) {
 
 // f(piece, rank, team) on the members of a team, piece by piece.
 template <class F>
-void run_as_team(int members, int64_t pieces, Interrupt* interrupt, const F& f) {
+void run_as_team(const Division& division, int64_t pieces, Interrupt* interrupt, const F& f) {
   run_team(
-      members, pieces,
+      division.team, pieces,
       [](void* ctx, int64_t piece, int rank, Team& team) {
         (*static_cast<const F*>(ctx))(piece, rank, team);
       },
-      const_cast<void*>(static_cast<const void*>(&f)), interrupt);
+      const_cast<void*>(static_cast<const void*>(&f)), division.patience_us, interrupt);
 }
 
 // f(task) for tasks 0 … n - 1 on the pool.
@@ -185,14 +185,15 @@ class LayerForward {
     const Division division = divide(kernels, kind, schedule.get(), first.H, D, work, threads);
     if (first.gates != nullptr) {  // the slabs are laid out for so many
       parts_ = static_cast<int>(schedule.get().parts);
-      team_ = parts_ == 1 ? division.team : 1;
+      if (parts_ == 1) team_ = division;
     } else {
       parts_ = plan_turns(division.row_parts, schedule.get().batch, fewest_chunks(schedule));
-      team_ = division.team;
+      team_ = division;
     }
     workers_ = std::min(tasks(), plan_threads(threads, work));
     rows_ = schedule.split_rows(parts_);
-    for (ForwardArgs<T>& a : directions_) a.fetch_w_hh = fetches_ahead<T>(kind, a.H, a.H, team_);
+    for (ForwardArgs<T>& a : directions_)
+      a.fetch_w_hh = fetches_ahead<T>(kind, a.H, a.H, team_.team);
     int64_t scratch = 0;
     for (const ForwardArgs<T>& a : directions_)
       for (size_t part = 0; part < static_cast<size_t>(parts_); ++part)
@@ -210,7 +211,7 @@ class LayerForward {
   }
 
   void run(int64_t chunk0, int64_t chunk1, Interrupt* interrupt) {
-    if (team_ > 1) {
+    if (team_.team > 1) {
       // A thread that comes late takes part from the next chunk on.
       run_as_team(team_, chunk1 - chunk0, interrupt, [&](int64_t piece, int rank, Team& team) {
         const Share share = {rows_[0], rows_[1],    0,
@@ -287,7 +288,8 @@ class LayerForward {
   const Kernels<T>& kernels_;
   int kind_;
   std::vector<ForwardArgs<T>> directions_;
-  int parts_, team_, workers_;
+  int parts_, workers_;
+  Division team_ = {1, 1};
   std::vector<int64_t> rows_;
   int64_t scratch_size_;
   Buffer scratch_;

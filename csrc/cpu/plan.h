@@ -19,6 +19,7 @@ int plan_threads(int threads, double multiply_adds);
 struct Division {
   int row_parts;
   int team;
+  double patience_us = 0;  // how long a team is waited for: no longer than what it will save
 };
 
 // What plan_division weighs. w_hh_bytes: the packed recurrent weights of a direction; superblocks:
@@ -37,7 +38,7 @@ constexpr bool beyond_cache(int64_t bytes, int64_t l2_bytes) { return 4 * bytes 
 
 // A part has at least 4 rows: with fewer, a row costs as much as the reading of the weights, which
 // every part repeats. A team's members read only their share of the weights, and keep it in a cache
-// that the whole would not fit; against that stand the meetings (some 0.4 µs) and
+// that the whole would not fit; against that stand the meetings (0.1 µs a member) and
 // that every step waits for the slowest. Where the rows cannot be split, a team must also save more
 // than it costs to gather (some 20 µs).
 Division plan_division(int threads, const LayerCost& cost);

@@ -327,8 +327,8 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   const double work = D * layer_work(s, spec().kind, 0, H);
   const int threads = plan_threads(call.threads, work);
   const int step_parts = static_cast<int>(s.parts);
-  const int team_members =
-      step_parts > 1 ? 1 : divide(k, spec().kind, s, H, D, work, call.threads).team;
+  const Division team =
+      step_parts > 1 ? Division{1, 1} : divide(k, spec().kind, s, H, D, work, call.threads);
   // What does not depend on the recurrence is cut finer than there are threads, so that one that is
   // slower than the others does less.
   const int shares = threads > 1 ? 4 * threads : 1;
@@ -336,7 +336,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
 
   // Work memory, per direction: transposed weights, the running gradient of the state, the states
   // of a chunk, or of two so that threads need not wait for each other at its end.
-  const int copies = threads > 1 && team_members == 1 ? 2 : 1;
+  const int copies = threads > 1 && team.team == 1 ? 2 : 1;
   const int64_t n_hh = S * P * W * W, n_ih = one_hot(l) ? P * I * W : X * P * W * W,
                 n_b = S * traits.slots * W;
   const int64_t n_wide = X * P * W * W, n_rows = copies * s.max_rows * S * W;
@@ -366,7 +366,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     a.dx = dx;
     a.dx_layout = dx_layout;
     a.add_dx = D > 1;
-    a.fetch_w_hh = fetches_ahead<T>(spec().kind, H, H, team_members);
+    a.fetch_w_hh = fetches_ahead<T>(spec().kind, H, H, team.team);
     a.fetch_w_ih = fetches_ahead<T>(spec().kind, I, H, 1);
     a.w_hh = take(n_hh);
     a.w_ih = want_dx ? take(n_wide) : nullptr;
@@ -448,8 +448,8 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
   };
   // The members of a team do not take tasks: they meet in every step.
   const auto back_as_team = [&](int64_t c) {
-    run_as_team(team_members, 1, call.interrupt, [&](int64_t, int rank, Team& team) {
-      const Share share = {0, batch, 0, rank, team.size(), team.size() > 1 ? &team : nullptr};
+    run_as_team(team, 1, call.interrupt, [&](int64_t, int rank, Team& here) {
+      const Share share = {0, batch, 0, rank, here.size(), here.size() > 1 ? &here : nullptr};
       k.backward[kind](args[0], c, share, reset_scratch.template data<T>());
     });
     const int inputs = want_dx ? dx_parts : 0;
@@ -466,7 +466,7 @@ void StackTape<T>::State::backward_layer(int l, const BackwardCall<T>& call, con
     });
   };
   const auto back_through_chunks = [&](int64_t first, int64_t end) {
-    if (team_members > 1) {
+    if (team.team > 1) {
       for (int64_t c = end - 1; c >= first; --c) back_as_team(c);
       return;
     }

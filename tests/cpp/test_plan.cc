@@ -89,6 +89,8 @@ void test_team() {
             const Division division = plan(threads);
             CHECK(division.team >= 1 && division.team <= threads && division.team <= superblocks);
             CHECK(division.team == 1 || division.row_parts == 1);  // one way or the other
+            CHECK(division.team == 1 ? division.patience_us == 0
+                                     : division.patience_us > 0 && division.patience_us <= 100);
           }
           const int members = plan(16).team;
           if (rows < 8) {
@@ -106,6 +108,8 @@ void test_team() {
   CHECK_EQ(lstm(1, 1, 100, 1, 512, 16).team, 1);
   CHECK_EQ(lstm(8, 1, 100, 1, 512, 1).team, 1);  // one superblock cannot be shared
   CHECK_EQ(lstm(8, 1, 0, 1, 512, 16).team, 1);
+  CHECK_EQ(lstm(2, 1, 100, 1, 64, 2).team, 2);
+  CHECK_EQ(lstm(2, 1, 20, 1, 64, 2).team, 1);     // over before the members are there
   CHECK_EQ(lstm(8, 1, 100, 1, 32, 4).team, 1);    // a meeting costs more than a step
   CHECK_EQ(lstm(2, 2, 100, 1, 512, 16).team, 1);  // a thread for each direction
   // Many rows: to wait for nobody is better, unless each part would read the weights from far away.

@@ -8,7 +8,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <exception>
 #include <filesystem>
@@ -38,17 +40,50 @@ using fastrnn::Team;
 using Body = std::function<void(int rank, Team& team)>;
 using Piece = std::function<void(int64_t piece, int rank, Team& team)>;
 
-void run_pieces(int members, int64_t pieces, const Piece& body, Interrupt* interrupt = nullptr) {
+constexpr double kPatienceUs = 100;
+
+void run_pieces(int members, int64_t pieces, const Piece& body, Interrupt* interrupt = nullptr,
+                double patience_us = kPatienceUs) {
   fastrnn::run_team(
       members, pieces,
       [](void* ctx, int64_t piece, int rank, Team& team) {
         (*static_cast<const Piece*>(ctx))(piece, rank, team);
       },
-      const_cast<Piece*>(&body), interrupt);
+      const_cast<Piece*>(&body), patience_us, interrupt);
 }
 
 void run(int members, const Body& body, Interrupt* interrupt = nullptr) {
   run_pieces(members, 1, [&body](int64_t, int rank, Team& team) { body(rank, team); }, interrupt);
+}
+
+// Without the patience to wake anybody: alone after a pause, with others in calls that follow each
+// other.
+void test_little_patience() {
+  for (int repeat = 0; repeat < 5; ++repeat) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    std::atomic<int> bodies{0}, sizes{0};
+    run_pieces(
+        2, 1,
+        [&](int64_t, int, Team& team) {
+          ++bodies;
+          sizes += team.size();
+        },
+        nullptr, 10);
+    CHECK_EQ(bodies.load(), 1);
+    CHECK_EQ(sizes.load(), 1);
+  }
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  const int reachable = std::min(2, fastrnn::get_num_threads());
+  std::atomic<int> most{0};
+  while (most < reachable && std::chrono::steady_clock::now() < deadline)
+    run_pieces(
+        2, 1,
+        [&](int64_t, int rank, Team& team) {
+          if (rank == 0) most = std::max(most.load(), team.size());
+          team.barrier();
+        },
+        nullptr, 10);
+  CHECK_EQ(most.load(), reachable);
 }
 
 void test_members() {
@@ -261,6 +296,7 @@ int main() {
   for (int threads : {1, 2, 4}) {
     fastrnn::set_num_threads(threads);
     test_members();
+    test_little_patience();
     test_barrier();
     test_stop();
     test_pieces();
