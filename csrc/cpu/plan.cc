@@ -44,7 +44,9 @@ Division plan_division(int threads, const LayerCost& cost) {
       best_us = us;
     }
   }
-  const double saves_us = (split_us - best_us) * static_cast<double>(cost.steps);
+  // Beside one thread, which is what is left where the members do not come.
+  const double saves_us =
+      (step_us(rows, bytes, cost.l2_bytes) - best_us) * static_cast<double>(cost.steps);
   if (team == 1 || (parts == 1 && saves_us <= 20.0)) return {parts, 1};
   return {1, team, std::min(saves_us, 100.0)};
 }

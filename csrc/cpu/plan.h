@@ -19,7 +19,7 @@ int plan_threads(int threads, double multiply_adds);
 struct Division {
   int row_parts;
   int team;
-  double patience_us = 0;  // how long a team is waited for: no longer than what it will save
+  double patience_us = 0;  // how long a team is waited for: what it saves beside one thread, or 100
 };
 
 // What plan_division weighs. w_hh_bytes: the packed recurrent weights of a direction; superblocks:

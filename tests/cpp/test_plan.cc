@@ -118,6 +118,9 @@ void test_team() {
   CHECK_EQ(lstm(2, 1, 100, 16, 512, 16).team, 2);
   CHECK_EQ(lstm(2, 1, 100, 8, 256, 8).team, 2);
   CHECK_EQ(lstm(2, 1, 100, 8, 128, 4).row_parts, 2);
+  // Little better than a split of the rows, and yet far better than one thread: worth waiting for.
+  CHECK_EQ(lstm(2, 1, 100, 8, 256, 8).patience_us, 100.0);
+  CHECK(lstm(2, 1, 100, 1, 64, 2).patience_us < 100);
 }
 
 void test_turns() {
