@@ -149,7 +149,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ),
         ("one direction's dx replaces the other's", "a.add_dx = ⟨D > 1 → false⟩;"),
         ("what is added to not started from 0", "std::memset(all + from, ⟨0 → 63⟩,"),
-        ("padding of dx not zeroed", "if (⟨l == 0 → false⟩ && dx != nullptr)"),
+        ("padding of dx not zeroed", "if (⟨call.dx != nullptr → false⟩)"),
     ],
     "cpu/stream.cc": [
         ("reset of a row leaves c", "spec().count() * ⟨2 → 1⟩ * ceil_div"),

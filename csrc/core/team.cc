@@ -51,12 +51,17 @@ constexpr uint64_t kOver = ~uint64_t{0};
 
 // One call of run_team().
 struct TeamCall {
-  TeamCall(int member_count, int64_t piece_count, Piece piece_fn, void* piece_ctx,
+  TeamCall(int member_count, int64_t piece_count, Piece piece_fn, void* piece_ctx, double wait_us,
            Interrupt* interrupt)
-      : members(member_count), pieces(piece_count), fn(piece_fn), ctx(piece_ctx), team(interrupt) {}
+      : members(member_count),
+        pieces(piece_count),
+        fn(piece_fn),
+        ctx(piece_ctx),
+        patience_us(wait_us),
+        team(interrupt) {}
 
   // Rank 0.
-  void lead(double patience_us) {
+  void lead() {
     team.sit();
     const auto deadline = std::chrono::steady_clock::now() +
                           std::chrono::nanoseconds(static_cast<int64_t>(1000 * patience_us));
@@ -99,6 +104,7 @@ struct TeamCall {
   const int64_t pieces;
   const Piece fn;
   void* const ctx;
+  const double patience_us;
   Team team;
   std::atomic<int> joined{0};  // threads beside rank 0; with kClosed: it is over
   // The piece in hand, counted from 1, and above it the team's size, for a member must see both at
@@ -129,21 +135,18 @@ bool in_a_row() {
 void run_team(int members, int64_t pieces, Piece fn, void* ctx, double patience_us,
               Interrupt* interrupt) {
   if (patience_us < kWakingUs && !in_a_row()) members = 1;
-  struct Job {
-    TeamCall call;
-    double patience_us;
-  } job = {{members, pieces, fn, ctx, interrupt}, patience_us};
+  TeamCall call(members, pieces, fn, ctx, patience_us, interrupt);
   parallel(
       members,
       [](void* p, int task) {
-        Job& j = *static_cast<Job*>(p);
+        TeamCall& c = *static_cast<TeamCall*>(p);
         if (task == 0) {
-          j.call.lead(j.patience_us);
+          c.lead();
         } else {
-          j.call.follow();
+          c.follow();
         }
       },
-      &job, interrupt);
+      &call, interrupt);
   g_last_end.store(Clock::now().time_since_epoch().count(), std::memory_order_relaxed);
 }
 

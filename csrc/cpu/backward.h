@@ -263,7 +263,6 @@ class Backward {
                                       int64_t group_stride, bool ahead) const {
     const int64_t most = panels_at_once(rows < kTileRows ? static_cast<int>(rows) : kTileRows);
     const int64_t groups = (panels.end - panels.first + most - 1) / most;
-    const T zeros[W] = {};
     const auto first_panel = [&](int64_t turn) FASTRNN_INLINE_LAMBDA {
       return panels.first + in_turn(k, turn, groups) * most;
     };
@@ -276,8 +275,8 @@ class Backward {
         T* c[4];
         for (int i = 0; i < together; ++i) c[i] = out.at(p + i, r);
         multiply_rows<T>(m, together, left(r), right,
-                         kFirst ? Start<T>{{zeros, zeros, zeros, zeros}, 0} : go_on<T>(together, c),
-                         c, ahead ? w + next * panel : nullptr);
+                         kFirst ? from_nothing<T>() : go_on<T>(together, c), c,
+                         ahead ? w + next * panel : nullptr);
         r += m;
       }
     }

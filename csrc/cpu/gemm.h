@@ -71,6 +71,18 @@ struct Start {
   int64_t row_stride;
 };
 
+template <class T>
+struct Zeros {
+  static constexpr T row[kWidth<T>] = {};
+};
+
+// The sums start from nothing.
+template <class T>
+FASTRNN_INLINE Start<T> from_nothing() {
+  const T* const row = Zeros<T>::row;
+  return {{row, row, row, row}, 0};
+}
+
 template <class T, int ROWS, int NP>
 struct Tile {
   using V = Vec<T>;
@@ -352,14 +364,12 @@ template <class T>
 void outer_panels(const T* a, const T* b, int64_t b_stride, int panels, const Rows& rows, int lanes,
                   bool first, T* c, int64_t c_stride, int64_t ahead) {
   constexpr int W = kWidth<T>;
-  const T zeros[W] = {};
-  const Start<T> nothing = {{zeros, zeros, zeros, zeros}, 0};
   for (int done = 0; done < lanes;) {
     const int n = tile_rows(lanes - done);
     T* out[kOuterPanels];
     for (int p = 0; p < panels; ++p) out[p] = c + p * c_stride + done * W;
-    outer_rows<T>(n, panels, a + done, b, b_stride, rows, first ? nothing : go_on<T>(panels, out),
-                  out, ahead);
+    outer_rows<T>(n, panels, a + done, b, b_stride, rows,
+                  first ? from_nothing<T>() : go_on<T>(panels, out), out, ahead);
     done += n;
   }
 }

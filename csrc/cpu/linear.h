@@ -19,7 +19,6 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
   constexpr int W = kWidth<T>;
   const int64_t in = blocks(a.in, W), out = blocks(a.out, W), panel = a.in * W;
   T* const y = scratch + in * kTileRows * W;
-  const T zeros[W] = {};
   for (int64_t r = r0; r < r1;) {
     const int m = tile_rows(r1 - r);
     for (int i = 0; i < m; ++i)
@@ -33,7 +32,7 @@ void linear(const LinearArgs<T>& a, int64_t r0, int64_t r1, T* scratch) {
       Start<T> start = {{}, 0};
       for (int i = 0; i < together; ++i) {
         c[i] = y + (p + i) * kTileRows * W;
-        start.panel[i] = a.bias != nullptr ? a.bias + (p + i) * W : zeros;
+        start.panel[i] = a.bias != nullptr ? a.bias + (p + i) * W : Zeros<T>::row;
       }
       multiply<T>(m, together, rows, {a.w + p * panel, W * W, panel}, start, c);
       for (int i = 0; i < together; ++i)

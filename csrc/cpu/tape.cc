@@ -283,12 +283,12 @@ void StackTape<T>::State::backward(const BackwardCall<T>& call) {
     }
     backward_layer(l, call, dy, dy_layout, dx, l > 0 ? layout(DH) : call.dx_layout, sums);
     layers[static_cast<size_t>(l)] = Layer();  // freed as soon as it is used
-    if (l == 0 && dx != nullptr)
-      zero_padding(dx, call.dx_layout, steps, batch, lengths_data(), spec().I);
     above = std::move(below);
     dy = above.template data<T>();
     dy_layout = layout(DH);
   }
+  if (call.dx != nullptr)
+    zero_padding(call.dx, call.dx_layout, steps, batch, lengths_data(), spec().I);
 
   // All at once at the end: whoever accumulates gets the whole gradient or, on an error, nothing.
   const Kernels<T>& k = stack->kernels();
